@@ -1,0 +1,275 @@
+"""One epoch of training as one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmerge.training import _state
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+#: `loss_fn(params, context) -> losses` or `(losses, metrics)`.
+ContextLoss = Callable[[PyTree, _state.Context], Any]
+
+#: `transform(key, example) -> example`, for one example.
+Transform = Callable[[jax.Array, PyTree], PyTree]
+
+
+class Plan(NamedTuple):
+  """How an epoch over `examples` examples is cut into steps.
+
+  Attributes:
+    examples: number of examples in an epoch.
+    batch_size: global batch size.
+    full_steps: number of whole batches.
+    tail: size of the last, partial batch; 0 if there is none.
+    devices: number of devices that share a batch.
+  """
+
+  examples: int
+  batch_size: int
+  full_steps: int
+  tail: int
+  devices: int
+
+  @property
+  def steps(self) -> int:
+    """Number of optimizer steps in an epoch."""
+    return self.full_steps + bool(self.tail)
+
+
+def plan_epoch(examples: int, batch_size: int, devices: int) -> Plan:
+  """Cuts an epoch into steps.
+
+  Args:
+    examples: number of examples, at least 1.
+    batch_size: global batch size, divided evenly over the devices.
+    devices: number of devices.
+
+  Returns:
+    The plan. The last partial batch is used, not dropped.
+
+  Raises:
+    ValueError: the batch is larger than the data, or does not divide.
+
+  >>> plan_epoch(60000, 128, 1).steps
+  469
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+  if batch_size > examples:
+    raise ValueError(
+      f"batch_size={batch_size} is larger than the data ({examples} "
+      "examples). Choose a smaller batch."
+    )
+  if batch_size % devices:
+    raise ValueError(
+      f"batch_size={batch_size} is not divisible by the {devices} devices. "
+      f"Choose a multiple of {devices}, or fewer devices."
+    )
+  full_steps, tail = divmod(examples, batch_size)
+  return Plan(examples, batch_size, full_steps, tail, devices)
+
+
+def _weighted_mean(
+  values: jax.Array, weights: jax.Array | None, share: float
+) -> jax.Array:
+  """Mean over this device's real examples, so that pmean gives the batch's."""
+  if values.ndim == 0:
+    if weights is not None:
+      raise ValueError(
+        "The loss returned a scalar, but the last batch of the epoch does "
+        "not divide over the devices and is padded. Return one loss an "
+        "example, shape [examples], so that the padding can be left out."
+      )
+    return values * share
+  if values.ndim != 1:
+    raise ValueError(
+      "A loss or metric must be a scalar or have shape [examples], got "
+      f"shape {values.shape}."
+    )
+  if weights is None:
+    return values.mean() * share
+  weights = weights.astype(values.dtype)
+  return (values * weights).sum() / values.shape[0] * share
+
+
+def run_step(
+  loss_fn: ContextLoss,
+  optimizer: optax.GradientTransformation,
+  transform: Transform | None,
+  size: int,
+  devices: int,
+  state: _state.TrainState,
+  frozen: PyTree,
+  data: PyTree,
+  rows: jax.Array,
+  key: jax.Array,
+) -> tuple[_state.TrainState, Metrics]:
+  """One optimizer step on `size` examples; `rows` are padded to the devices.
+
+  Args:
+    loss_fn: the loss.
+    optimizer: the Optax optimizer.
+    transform: per-example augmentation, or None.
+    size: number of real examples in the global batch.
+    devices: number of devices.
+    state: state before the step.
+    frozen: leaves that are not trained.
+    data: the whole data on this device, leaves `[examples, ...]`.
+    rows: int32 `[padded size]`, the batch's rows of `data`.
+    key: PRNG key of the run.
+
+  Returns:
+    The state after the step and the batch's mean metrics.
+  """
+  share = rows.shape[0] // devices
+  padded = rows.shape[0] != size
+  begin = jax.lax.axis_index(_state.DEVICE_AXIS) * share
+
+  def mine(values: jax.Array) -> jax.Array:
+    if devices == 1:
+      return values
+    return jax.lax.dynamic_slice_in_dim(values, begin, share)
+
+  my_rows = mine(rows)
+  batch = jax.tree.map(lambda leaf: leaf[my_rows], data)
+  context = _state.Context(frozen, batch, key, state.step)
+  if transform is not None:
+    # One key an example of the global batch: the same augmentation whatever
+    # the number of devices.
+    keys = jax.random.split(
+      jax.random.fold_in(context.step_key(), 1), rows.shape[0]
+    )
+    context = context._replace(batch=jax.vmap(transform)(mine(keys), batch))
+  weights = mine(jnp.arange(rows.shape[0]) < size) if padded else None
+  # Shares that hold padding count less; the mean over devices is then the
+  # mean over the real examples.
+  scale = rows.shape[0] / size
+
+  def mean_loss(params: PyTree) -> tuple[jax.Array, Metrics]:
+    output = loss_fn(params, context)
+    losses, metrics = output if isinstance(output, tuple) else (output, {})
+    reduce = functools.partial(_weighted_mean, weights=weights, share=scale)
+    loss = reduce(losses)
+    return loss, {"loss": loss, **jax.tree.map(reduce, metrics)}
+
+  gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+  if devices > 1:
+    gradients, metrics = jax.lax.pmean(
+      (gradients, metrics), _state.DEVICE_AXIS
+    )
+  updates, opt_state = optimizer.update(
+    gradients, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  return _state.TrainState(params, opt_state, state.step + 1), metrics
+
+
+def run_epoch(
+  loss_fn: ContextLoss,
+  optimizer: optax.GradientTransformation,
+  transform: Transform | None,
+  plan: Plan,
+  reset_optimizer: bool,
+  state: _state.TrainState,
+  frozen: PyTree,
+  indices: jax.Array,
+  key: jax.Array,
+  data: PyTree,
+) -> tuple[_state.TrainState, Metrics]:
+  """One epoch of one seed on one device; see `compile_epoch`."""
+  order_key, step_key = jax.random.split(key)
+  epoch = state.step // plan.steps
+  order = jax.random.permutation(jax.random.fold_in(order_key, epoch), indices)
+  if reset_optimizer:
+    state = state._replace(opt_state=optimizer.init(state.params))
+  step = functools.partial(
+    run_step, loss_fn, optimizer, transform, devices=plan.devices
+  )
+  whole = plan.full_steps * plan.batch_size
+
+  def body(
+    state: _state.TrainState, rows: jax.Array
+  ) -> tuple[_state.TrainState, Metrics]:
+    return step(
+      size=plan.batch_size,
+      state=state,
+      frozen=frozen,
+      data=data,
+      rows=rows,
+      key=step_key,
+    )
+
+  state, metrics = jax.lax.scan(
+    body, state, order[:whole].reshape(plan.full_steps, plan.batch_size)
+  )
+  if plan.tail:
+    missing = -plan.tail % plan.devices
+    # The padding repeats the epoch's first rows: valid examples of weight 0.
+    rows = jnp.concatenate([order[whole:], order[:missing]])
+    state, last = step(
+      size=plan.tail,
+      state=state,
+      frozen=frozen,
+      data=data,
+      rows=rows,
+      key=step_key,
+    )
+    metrics = jax.tree.map(
+      lambda many, one: jnp.concatenate([many, one[None]]), metrics, last
+    )
+  # The last update can spoil the parameters behind a finite loss.
+  good = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+  metrics["loss"] = metrics["loss"].at[-1].set(
+    jnp.where(jnp.stack(good).all(), metrics["loss"][-1], jnp.nan)
+  )
+  return state, metrics
+
+
+@functools.lru_cache(maxsize=64)
+def compile_epoch(
+  loss_fn: ContextLoss,
+  optimizer: optax.GradientTransformation,
+  plan: Plan,
+  devices: tuple[jax.Device, ...],
+  transform: Transform | None = None,
+  reset_optimizer: bool = False,
+) -> Callable[..., tuple[_state.TrainState, Metrics]]:
+  """Compiles one epoch of several seeds on several devices.
+
+  Equal arguments give the same function, so that runs that share them share
+  one compilation.
+
+  Args:
+    loss_fn: `loss_fn(params, context)` returns one loss an example, shape
+      `[examples]`, or a scalar mean, alone or with a dictionary of metrics
+      of the same form.
+    optimizer: an Optax optimizer.
+    plan: how the epoch is cut into steps.
+    devices: the devices that share each batch.
+    transform: `transform(key, example)`, augmentation of one example.
+    reset_optimizer: start every epoch with a fresh optimizer state.
+
+  Returns:
+    `epoch(state, frozen, indices, key, data) -> (state, metrics)`. Every
+    leaf has a leading axis of devices and, but for those of `data`, a second
+    one of seeds. `state` is donated. Metrics are per step.
+  """
+  one = functools.partial(
+    run_epoch, loss_fn, optimizer, transform, plan, reset_optimizer
+  )
+  seeds = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
+  return jax.pmap(
+    seeds,
+    axis_name=_state.DEVICE_AXIS,
+    devices=devices,
+    donate_argnums=0,
+  )

@@ -1,0 +1,381 @@
+"""The training loop: epochs on the device, reports and checkpoints between."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from jaxmerge import tree as tree_lib
+from jaxmerge.training import _devices
+from jaxmerge.training import _epoch
+from jaxmerge.training import _optimizers
+from jaxmerge.training import _state
+
+PyTree = Any
+Record = dict[str, Any]
+
+
+class NonFiniteLossError(FloatingPointError):
+  """The training loss became NaN or infinite."""
+
+
+class Checkpoints(Protocol):
+  """Where `train` keeps its state; see `jaxmerge.checkpoints.Store`."""
+
+  def save(self, step: int, tree: PyTree, metadata: Record) -> None:
+    """Writes a checkpoint."""
+
+  def restore(self, like: PyTree) -> tuple[int, PyTree, Record] | None:
+    """Returns the newest good checkpoint, or None."""
+
+  def wait(self) -> None:
+    """Blocks until everything is written."""
+
+
+class TrainResult(NamedTuple):
+  """What training returns.
+
+  Attributes:
+    params: the trained parameters.
+    steps: number of optimizer steps in all.
+    history: one record an epoch: `epoch`, `step`, `learning_rate`, `seconds`,
+      `examples_per_second`, and the mean of every metric over the epoch, a
+      list with one entry a seed.
+  """
+
+  params: PyTree
+  steps: int
+  history: list[Record]
+
+
+def _num_examples(data: PyTree, axis: int) -> int:
+  sizes = {leaf.shape[axis] for leaf in jax.tree.leaves(data)}
+  if len(sizes) != 1:
+    raise ValueError(
+      "All leaves of the data must have the same number of examples, got "
+      f"{sorted(sizes)}."
+    )
+  return sizes.pop()
+
+
+def _check_finite(
+  losses: np.ndarray, first_step: int, optimizer: _optimizers.Optimizer
+) -> None:
+  """Raises if a loss `[seeds, steps]` is not finite."""
+  bad = np.argwhere(~np.isfinite(losses.T))
+  if bad.size:
+    step, seed = bad[0]
+    rate = float(optimizer.learning_rate(first_step + int(step)))
+    raise NonFiniteLossError(
+      f"The loss is {losses[seed, step]} at step {first_step + int(step)} "
+      f"(learning rate {rate:g}, seed {int(seed)} of {len(losses)}). Lower "
+      "the learning rate. The last good checkpoint, if any, is kept."
+    )
+
+
+def _record(
+  metrics: dict[str, np.ndarray],
+  plan: _epoch.Plan,
+  first_step: int,
+  rate: float,
+  seconds: float,
+) -> Record:
+  """Summarises an epoch's per-step metrics `[seeds, steps]`."""
+  sizes = np.full(plan.steps, plan.batch_size, np.float64)
+  if plan.tail:
+    sizes[-1] = plan.tail
+  means = {
+    name: [float(mean) for mean in values @ (sizes / plan.examples)]
+    for name, values in sorted(metrics.items())
+  }
+  seeds = len(metrics["loss"])
+  return {
+    "epoch": first_step // plan.steps + 1,
+    "step": first_step + plan.steps,
+    "learning_rate": rate,
+    "seconds": seconds,
+    "examples_per_second": seeds * plan.examples / seconds,
+    **means,
+  }
+
+
+def train(
+  loss_fn: _epoch.ContextLoss,
+  params: PyTree,
+  data: PyTree,
+  *,
+  optimizer: _optimizers.Optimizer,
+  epochs: int,
+  batch_size: int,
+  keys: jax.Array,
+  frozen: PyTree = None,
+  indices: Any = None,
+  transform: _epoch.Transform | None = None,
+  reset_optimizer: bool = False,
+  devices: Sequence[jax.Device] | int | None = None,
+  checkpoints: Checkpoints | None = None,
+  checkpoint_every: int = 1,
+  on_epoch: Callable[[Record], None] | None = None,
+  progress: str | None = None,
+) -> TrainResult:
+  """Trains several seeds at once: the low layer that everything stands on.
+
+  An epoch is one compiled program: a scan over batches that are gathered on
+  the device, mapped over devices (gradients averaged) and vectorised over
+  seeds. The order of the examples, the augmentation and every other random
+  choice depend on `keys`, the epoch and the step alone: not on the number of
+  devices, and not on where a run was interrupted.
+
+  Args:
+    loss_fn: `loss_fn(params, context)` with a `Context`; returns one loss an
+      example, shape `[examples]`, or their mean, alone or with a dictionary
+      of metrics of the same form.
+    params: floating-point leaves with a leading axis of seeds.
+    data: pytree of arrays `[examples, ...]`, or a `Replicated`.
+    optimizer: an `Optimizer`, for instance from `sgd`.
+    epochs: number of epochs, at least 1.
+    batch_size: global batch size, divisible by the number of devices. The
+      last, partial batch of an epoch is used.
+    keys: PRNG keys, one a seed.
+    frozen: leaves with a leading axis of seeds that are not trained.
+    indices: int32 `[seeds, n]`, the rows of `data` that each seed trains on;
+      None for all.
+    transform: `transform(key, example) -> example`, augmentation on the
+      device.
+    reset_optimizer: start every epoch with a fresh optimizer state.
+    devices: as in `resolve_devices`; those of `data` if it is `Replicated`.
+    checkpoints: where the state is kept. A run that finds one there goes on
+      from it and ends as an unbroken run does, bit for bit.
+    checkpoint_every: number of epochs between checkpoints.
+    on_epoch: called with each epoch's record; after a resumption with the
+      records of the earlier epochs, too.
+    progress: label of a progress bar, None for none.
+
+  Returns:
+    The trained parameters (with the axis of seeds), and the history.
+
+  Raises:
+    ValueError: sizes that do not fit; nothing has been computed then.
+    NonFiniteLossError: a loss became NaN or infinite.
+  """
+  if epochs < 1:
+    raise ValueError(f"epochs must be at least 1, got {epochs}.")
+  if not isinstance(data, _devices.Replicated):
+    data = _devices.replicate(data, devices)
+  chosen = data.devices
+  total = _num_examples(data.value, axis=1)
+  seeds = len(keys)
+  if indices is None:
+    indices = np.broadcast_to(np.arange(total, dtype=np.int32), (seeds, total))
+  indices = np.asarray(indices, np.int32)
+  if indices.ndim != 2 or len(indices) != seeds:
+    raise ValueError(
+      f"indices must have shape [{seeds}, n], got {indices.shape}."
+    )
+  if indices.size and not 0 <= indices.min() <= indices.max() < total:
+    raise ValueError(
+      f"indices must lie in [0, {total}), got {indices.min()} to "
+      f"{indices.max()}."
+    )
+  plan = _epoch.plan_epoch(indices.shape[1], batch_size, len(chosen))
+
+  def place(tree: PyTree) -> PyTree:
+    return _devices.replicate(tree, chosen).value
+
+  opt_state = jax.vmap(optimizer.transformation.init)(params)
+  state = _state.TrainState(params, opt_state, jnp.zeros(seeds, jnp.int32))
+  history: list[Record] = []
+  if checkpoints is not None:
+    found = checkpoints.restore(state)
+    if found is not None:
+      _, state, metadata = found
+      history = metadata["history"]
+  run = _epoch.compile_epoch(
+    loss_fn,
+    optimizer.transformation,
+    plan,
+    chosen,
+    transform,
+    reset_optimizer,
+  )
+  done = len(history)
+  for record in history if on_epoch is not None else ():
+    on_epoch(record)
+  state, frozen, rows, keys = place((state, frozen, indices, keys))
+  with tqdm.tqdm(
+    total=epochs * seeds * plan.examples,
+    initial=done * seeds * plan.examples,
+    desc=progress,
+    disable=progress is None,
+    unit="ex",
+    unit_scale=True,
+  ) as bar:
+    for epoch in range(done, epochs):
+      start = time.perf_counter()
+      with jax.transfer_guard("disallow"):
+        state, metrics = run(state, frozen, rows, keys, data.value)
+      host = _devices.first_replica(metrics)
+      first_step = epoch * plan.steps
+      _check_finite(host["loss"], first_step, optimizer)
+      rate = float(optimizer.learning_rate(first_step))
+      seconds = time.perf_counter() - start
+      history.append(_record(host, plan, first_step, rate, seconds))
+      last = epoch + 1 == epochs
+      if checkpoints is not None and (
+        last or (epoch + 1) % checkpoint_every == 0
+      ):
+        # A copy: the next epoch reuses the buffers of the donated state.
+        copy = jax.tree.map(np.array, _devices.first_replica(state))
+        checkpoints.save(
+          history[-1]["step"], copy, {"history": list(history)}
+        )
+      if on_epoch is not None:
+        on_epoch(history[-1])
+      bar.set_postfix(
+        {
+          name: f"{np.mean(value):.4f}"
+          for name, value in history[-1].items()
+          if isinstance(value, list)
+        },
+        refresh=False,
+      )
+      bar.update(seeds * plan.examples)
+  if checkpoints is not None:
+    checkpoints.wait()
+  params = jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], state.params)
+  return TrainResult(params, epochs * plan.steps, history)
+
+
+@functools.lru_cache(maxsize=64)
+def context_loss(loss_fn: Callable[..., Any]) -> _epoch.ContextLoss:
+  """Adapts `loss_fn(params, batch, key)` to the low layer's contract.
+
+  The leaves that cannot be trained (integers, say) are expected in
+  `context.frozen`.
+  """
+
+  def loss(params: PyTree, context: _state.Context) -> Any:
+    whole = tree_lib.combine(params, context.frozen)
+    return loss_fn(whole, context.batch, context.step_key())
+
+  return loss
+
+
+def fit(
+  loss_fn: Callable[[PyTree, PyTree, jax.Array], Any],
+  params: PyTree,
+  data: PyTree,
+  *,
+  key: jax.Array,
+  optimizer: _optimizers.Optimizer | None = None,
+  learning_rate: float = 0.07,
+  final_learning_rate: float = 7e-5,
+  momentum: float = 0.9,
+  weight_decay: float = 5e-4,
+  epochs: int = 10,
+  batch_size: int = 128,
+  seed_axis: bool = False,
+  **options: Any,
+) -> TrainResult:
+  """Trains a network.
+
+  Args:
+    loss_fn: `loss_fn(params, batch, key)`; `batch` has the structure of
+      `data`, `key` is that of the step. Returns one loss an example, shape
+      `[examples]`, or their mean, alone or with a dictionary of metrics of
+      the same form.
+    params: any pytree. Integer and boolean leaves are passed through.
+    data: pytree of arrays `[examples, ...]`, or a `Replicated`.
+    key: PRNG key; an array of keys with `seed_axis`.
+    optimizer: replaces SGD and the four options that follow.
+    learning_rate: initial learning rate of `sgd`.
+    final_learning_rate: its learning rate at the end.
+    momentum: its momentum.
+    weight_decay: its weight decay.
+    epochs: number of epochs.
+    batch_size: global batch size.
+    seed_axis: every leaf of `params`, and `key`, has a leading axis of seeds
+      that are trained at once.
+    **options: the further options of `train`.
+
+  Returns:
+    The trained parameters, the number of steps and the history.
+
+  Raises:
+    ValueError: see `train`.
+    NonFiniteLossError: see `train`.
+
+  >>> x = np.linspace(-1, 1, 64, dtype=np.float32)
+  >>> def loss_fn(params, batch, key):
+  ...   return (params["w"] * batch["x"] - batch["y"]) ** 2
+  >>> result = fit(loss_fn, {"w": jnp.zeros(())}, {"x": x, "y": 3 * x},
+  ...              key=jax.random.key(0), batch_size=8, weight_decay=0.0)
+  >>> round(float(result.params["w"]), 1), result.steps
+  (2.9, 80)
+  """
+  if not seed_axis:
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
+    key = key[None]
+  if not isinstance(data, _devices.Replicated):
+    data = _devices.replicate(data, options.get("devices"))
+  trained, frozen = tree_lib.partition(params)
+  if optimizer is None:
+    optimizer = default_sgd(
+      data,
+      options.get("indices"),
+      batch_size,
+      epochs,
+      learning_rate,
+      final_learning_rate,
+      momentum,
+      weight_decay,
+    )
+  result = train(
+    context_loss(loss_fn),
+    trained,
+    data,
+    optimizer=optimizer,
+    epochs=epochs,
+    batch_size=batch_size,
+    keys=key,
+    frozen=frozen,
+    **options,
+  )
+  params = tree_lib.combine(result.params, frozen)
+  if not seed_axis:
+    params = jax.tree.map(lambda leaf: leaf[0], params)
+  return result._replace(params=params)
+
+
+def default_sgd(
+  data: _devices.Replicated,
+  indices: Any,
+  batch_size: int,
+  epochs: int,
+  learning_rate: float,
+  final_learning_rate: float,
+  momentum: float,
+  weight_decay: float,
+) -> _optimizers.Optimizer:
+  """`sgd` with the schedule over all the steps of a run."""
+  examples = (
+    _num_examples(data.value, axis=1)
+    if indices is None
+    else np.shape(indices)[-1]
+  )
+  plan = _epoch.plan_epoch(examples, batch_size, len(data.devices))
+  return _optimizers.sgd(
+    learning_rate,
+    final_learning_rate,
+    epochs,
+    plan.steps,
+    momentum=momentum,
+    weight_decay=weight_decay,
+  )

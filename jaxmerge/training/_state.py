@@ -1,0 +1,47 @@
+"""What a training run carries from step to step, and what a loss sees."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+#: Name of the mapped device axis; `jax.lax.psum(x, DEVICE_AXIS)` works in a
+#: loss.
+DEVICE_AXIS = "devices"
+
+
+class TrainState(NamedTuple):
+  """State of one training run, a pytree.
+
+  Attributes:
+    params: the trained leaves.
+    opt_state: state of the Optax optimizer for `params`.
+    step: int32 scalar, the number of steps done.
+  """
+
+  params: PyTree
+  opt_state: PyTree
+  step: jax.Array
+
+
+class Context(NamedTuple):
+  """What a loss sees besides the trained parameters.
+
+  Attributes:
+    frozen: leaves that are not trained (the ends of a curve, say).
+    batch: this device's share of the batch; leaves `[examples, ...]`.
+    key: PRNG key of the whole run, the same on every device.
+    step: int32 scalar, number of this step, from 0.
+  """
+
+  frozen: PyTree
+  batch: PyTree
+  key: jax.Array
+  step: jax.Array
+
+  def step_key(self) -> jax.Array:
+    """Returns the PRNG key of this step, the same on every device."""
+    return jax.random.fold_in(self.key, self.step)
