@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxmerge.tree._arithmetic import (
+  accumulation_dtype,
   add,
   dot,
   lerp,
@@ -17,6 +18,7 @@ from jaxmerge.tree._partition import combine, is_float, partition
 
 __all__ = (
   "TreeMismatchError",
+  "accumulation_dtype",
   "add",
   "check_match",
   "combine",

@@ -16,8 +16,26 @@ Scalar = jax.typing.ArrayLike
 
 
 def accumulation_dtype(leaf: Any) -> Any:
-  """The dtype to compute in: float32 for half types, else the leaf's own."""
-  dtype = _check.leaf_dtype(leaf)
+  """The dtype to compute a leaf in: float32 for half types, else its own.
+
+  Args:
+    leaf: A floating-point leaf (see `is_float`).
+
+  Returns:
+    A NumPy dtype.
+
+  Raises:
+    ValueError: If the leaf is not floating-point.
+
+  >>> accumulation_dtype(jnp.ones(2, jnp.bfloat16))
+  dtype('float32')
+  """
+  if not _partition.is_float(leaf):
+    raise ValueError(
+      f"{type(leaf).__name__} leaf of dtype {_check.leaf_dtype(leaf)} is not"
+      " floating-point; leave it out with jaxmerge.tree.partition"
+    )
+  dtype = np.dtype(_check.leaf_dtype(leaf))
   return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 

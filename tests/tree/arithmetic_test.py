@@ -128,6 +128,24 @@ class ArithmeticTest(parameterized.TestCase):
       call({"w": jnp.ones(1)})
 
 
+class AccumulationDtypeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (jnp.bfloat16, jnp.float32),
+    (jnp.float16, jnp.float32),
+    (jnp.float8_e4m3fn, jnp.float32),
+    (jnp.float32, jnp.float32),
+    (jnp.complex64, jnp.complex64),
+  )
+  def test_dtype(self, dtype, expected):
+    leaf = jax.ShapeDtypeStruct((2,), dtype)
+    self.assertEqual(tree.accumulation_dtype(leaf), expected)
+
+  @parameterized.parameters(1, "text")
+  def test_not_floating_point(self, leaf):
+    with self.assertRaisesRegex(ValueError, "is not floating-point"):
+      tree.accumulation_dtype(leaf)
+
+
 class WeightedSumTest(absltest.TestCase):
   def test_half_types_are_accumulated_in_float32(self):
     x = {"w": jnp.asarray([0.1, 3.0, -7.5], jnp.bfloat16)}

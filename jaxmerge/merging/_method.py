@@ -1,0 +1,165 @@
+"""The shape that all merge methods have, and the loop that runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import tree
+
+PyTree = Any
+MergeState = Any
+
+
+class InitFn(Protocol):
+  """``init(base) -> state``."""
+
+  def __call__(self, base: PyTree) -> MergeState:
+    """Returns the state before the first model.
+
+    Args:
+      base: The starting parameters, as arrays. They fix the structure, the
+        shapes and the dtypes of what is merged, and give the leaves that are
+        not floating-point.
+    """
+
+
+class UpdateFn(Protocol):
+  """``update(state, params, weight=1.0) -> state``."""
+
+  def __call__(
+    self, state: MergeState, params: PyTree, weight: Any = 1.0
+  ) -> MergeState:
+    """Returns the state after one more model.
+
+    Args:
+      state: The state so far.
+      params: The parameters of the model, of the structure of the base.
+      weight: How much the model counts: a scalar, traced or not. A method
+        that weighs every parameter takes a tree of the structure of
+        ``params`` here.
+    """
+
+
+class FinalizeFn(Protocol):
+  """``finalize(state) -> params``."""
+
+  def __call__(self, state: MergeState) -> PyTree:
+    """Returns the merge of the models so far; ``state`` may be used on."""
+
+
+class MergeMethod(NamedTuple):
+  """A merge method: a triple of pure functions, as in Optax.
+
+  The models are given to it one at a time, so that the memory it needs does
+  not grow with their number and the merge can be asked for after any of
+  them::
+
+    state = method.init(base)
+    for params in models:
+      state = method.update(state, params)
+    merged = method.finalize(state)
+
+  Rules for every method. The state is a pytree of arrays of fixed structure,
+  so that ``update`` can be compiled once and carried through ``lax.scan``.
+  A leaf is treated without regard to the other leaves unless the method says
+  otherwise, so that a checkpoint can be merged leaf by leaf. Inputs are not
+  changed. Structure, shapes and dtypes are those of the base; half types are
+  accumulated in float32; leaves that are not floating-point come from the
+  base; ``update`` raises `TreeMismatchError` for any other tree. Options of a
+  method, a PRNG key among them, are arguments of the function that makes it.
+  ``finalize`` of a state without models gives the base.
+
+  Attributes:
+    init: ``init(base) -> state``.
+    update: ``update(state, params, weight=1.0) -> state``.
+    finalize: ``finalize(state) -> params``.
+  """
+
+  init: InitFn
+  update: UpdateFn
+  finalize: FinalizeFn
+
+
+def check_models(models: Sequence[PyTree]) -> list[PyTree]:
+  """The models as a list, or an error that says what is wrong with them."""
+  if not isinstance(models, Sequence) or isinstance(models, str):
+    raise ValueError(
+      "models must be a sequence of parameter trees; got"
+      f" {type(models).__name__}; give a list, or stream the models through"
+      " the update function of a merge method"
+    )
+  if not models:
+    raise ValueError("models is empty; give at least one parameter tree")
+  return list(models)
+
+
+def check_weights(
+  weights: Sequence[Any] | jax.Array, num_models: int
+) -> list[Any]:
+  """The weights as a list; their values are checked unless they are traced."""
+  if isinstance(weights, (jax.Array, np.ndarray)) and weights.ndim != 1:
+    raise ValueError(
+      f"weights must have shape ({num_models},); got {weights.shape}"
+    )
+  if len(weights) != num_models:
+    raise ValueError(
+      f"got {len(weights)} weights for {num_models} models; give one weight"
+      " for each model"
+    )
+  result = [weights[i] for i in range(num_models)]
+  for i, weight in enumerate(result):
+    if jnp.ndim(weight):
+      raise ValueError(
+        f"weight {i} must be a scalar; got shape {jnp.shape(weight)}"
+      )
+    if not isinstance(weight, jax.core.Tracer) and not np.isfinite(weight):
+      raise ValueError(f"weight {i} is {weight}; weights must be finite")
+  return result
+
+
+def fold(
+  method: MergeMethod,
+  base: PyTree,
+  models: Sequence[PyTree],
+  weights: Sequence[Any] | jax.Array | None = None,
+) -> PyTree:
+  """Merges models by running them through a method, in their order.
+
+  All models are checked before the first is merged.
+
+  Args:
+    method: The merge method.
+    base: The starting parameters (see `MergeMethod`).
+    models: One or more trees of the structure, shapes and dtypes of ``base``.
+    weights: A scalar for each model, or an array of shape [n]; by default
+      each model has the weight one.
+
+  Returns:
+    The merged parameters, with the structure, shapes and dtypes of ``base``.
+
+  Raises:
+    TreeMismatchError: If a model differs from ``base`` in structure, shape or
+      dtype.
+    ValueError: If there are no models, or not as many weights as models, or
+      a weight that is not a finite scalar.
+
+  >>> from jaxmerge.merging import average_method
+  >>> print(fold(average_method(), {"w": 0.0}, [{"w": 1.0}, {"w": 2.0}])["w"])
+  1.5
+  """
+  models = check_models(models)
+  names = ["base", *(f"model {i}" for i in range(len(models)))]
+  tree.check_match(base, *models, names=names)
+  if weights is None:
+    weights = [1.0] * len(models)
+  state = method.init(base)
+  for params, weight in zip(
+    models, check_weights(weights, len(models)), strict=True
+  ):
+    state = method.update(state, params, weight)
+  return method.finalize(state)
