@@ -8,6 +8,7 @@ find damage that comes later.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -63,7 +64,7 @@ def cached(
   found = _read(entry)
   if found is not None:
     return found
-  if entry.exists():
+  if os.path.exists(entry):
     logging.warning("The cache entry %s is damaged: it is built anew.", entry)
   arrays, extra = build()
   try:
@@ -77,7 +78,7 @@ def cached(
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(array).data)
 
 
 def _read(entry: pathlib.Path) -> tuple[Arrays, dict[str, Any]] | None:
@@ -112,21 +113,25 @@ def _write(entry: pathlib.Path, arrays: Arrays, extra: dict[str, Any]) -> None:
       "extra": extra,
     }
     (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
-    while True:
-      try:
-        temporary.rename(entry)
-        return
-      except OSError:
-        if not entry.exists() or _read(entry) is not None:
-          # Either the disk says no, or another process was first.
-          if entry.exists():
-            return
-          raise
-      discarded = entry.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-      entry.rename(discarded)
-      _remove(discarded)
+    _move_into_place(temporary, entry)
   finally:
     _remove(temporary)
+
+
+def _move_into_place(temporary: pathlib.Path, entry: pathlib.Path) -> None:
+  while True:
+    try:
+      temporary.rename(entry)
+      return
+    except OSError:
+      if not os.path.exists(entry):
+        raise
+    if _read(entry) is not None:
+      return  # Another process was first.
+    discarded = entry.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    with contextlib.suppress(FileNotFoundError):
+      entry.rename(discarded)
+      _remove(discarded)
 
 
 def _remove(path: pathlib.Path) -> None:

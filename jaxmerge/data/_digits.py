@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxmerge.data._dataset import Dataset
 from jaxmerge.data._order import random_order
+from jaxmerge.data._tfds import require
 
 _TEST_SIZE = 360
 _ORDER_SEED = 0  # Part of the set's definition: changing it is a new version.
@@ -29,7 +30,8 @@ def load_digits(split: str) -> Dataset:
   Returns:
     The split, images uint8 [n, 8, 8, 1], in the order of the original.
   """
-  from sklearn import datasets  # Heavy: only who asks for the digits pays.
+  with require("digits"):
+    from sklearn import datasets
 
   bunch = datasets.load_digits()
   labels = np.asarray(bunch.target, np.int32)

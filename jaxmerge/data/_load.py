@@ -6,6 +6,7 @@ import os
 
 from jaxmerge.data._dataset import SPLITS, DataError, Dataset
 from jaxmerge.data._digits import load_digits
+from jaxmerge.data._prepare import prepare
 from jaxmerge.data._tfds import find_prepared, parse, read_prepared, tfds_root
 
 
@@ -48,5 +49,5 @@ def load(
   root = tfds_root(data_dir)
   folder = find_prepared(request, root)
   if folder is None:
-    raise DataError(f"{name} is not prepared in {root}.")
-  return read_prepared(name, split, folder, cache_dir)
+    folder = prepare(request, root, download=download)
+  return read_prepared(request, split, folder, root=root, cache_dir=cache_dir)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +17,20 @@ import numpy as np
 from jaxmerge.data._cache import cache_root, cached
 from jaxmerge.data._dataset import DataError, Dataset
 
+PREPARABLE = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+
 _NAME = re.compile(
   r"(?P<name>[a-z][a-z0-9_]*)(/(?P<config>[\w.=+-]+))?(:(?P<version>[\d.]+))?"
 )
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_CHUNK = 4096
+_FORMAT = "array_record"
+_INFO = "dataset_info.json"
+_DISTRIBUTIONS = {
+  "PIL": "pillow",
+  "sklearn": "scikit-learn",
+  "tensorflow_datasets": "tensorflow-datasets",
+}
+_CHUNK = 4096  # Records decoded at a time.
 
 
 class Request(NamedTuple):
@@ -28,14 +40,21 @@ class Request(NamedTuple):
   config: str | None
   version: str | None
 
+  def __str__(self) -> str:
+    config = f"/{self.config}" if self.config is not None else ""
+    version = f":{self.version}" if self.version is not None else ""
+    return f"{self.name}{config}{version}"
+
 
 def parse(name: str) -> Request:
   """Takes "name[/config][:version]" apart."""
   match = _NAME.fullmatch(name)
   if match is None:
+    near = difflib.get_close_matches(name.lower(), ("digits", *PREPARABLE))
+    hint = f"did you mean {near[0]!r}?" if near else "write it as 'mnist'."
     raise DataError(
-      f"{name!r} is not the name of a data set: write it as 'mnist', or as"
-      " 'name/config:version'."
+      f"{name!r} is not a data set's name, 'name', 'name/config' or"
+      f" 'name:version': {hint}"
     )
   return Request(match["name"], match["config"], match["version"])
 
@@ -45,6 +64,31 @@ def tfds_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
   if data_dir is None:
     data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return pathlib.Path(data_dir).expanduser()
+
+
+def build_command(
+  request: Request, root: pathlib.Path, *, overwrite: bool = False
+) -> str:
+  """Returns the command that prepares a set with TensorFlow."""
+  flag = " --overwrite" if overwrite else ""
+  return f"tfds build {request}{flag} --data_dir={root} --file_format={_FORMAT}"
+
+
+def first_line(error: Exception) -> str:
+  """Returns the gist of an error, to be put into another."""
+  return str(error).partition("\n")[0].rstrip(".: ") or type(error).__name__
+
+
+@contextlib.contextmanager
+def require(name: str) -> Iterator[None]:
+  """Says which package a set needs, where an import inside fails."""
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise DataError(
+      f"{name} needs the package {error.name!r}, which is not installed: run"
+      f" pip install {_DISTRIBUTIONS.get(str(error.name), error.name)}"
+    ) from error
 
 
 def find_prepared(request: Request, root: pathlib.Path) -> pathlib.Path | None:
@@ -77,13 +121,29 @@ def find_prepared(request: Request, root: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_prepared(
-  name: str,
+  request: Request,
   split: str,
   folder: pathlib.Path,
+  *,
+  root: pathlib.Path,
   cache_dir: str | os.PathLike[str] | None,
 ) -> Dataset:
-  """Reads one split of a prepared set, through the cache of decoded arrays."""
-  request = parse(name)
+  """Reads one split of a prepared set, through the cache of decoded arrays.
+
+  Args:
+    request: the set.
+    split: its split.
+    folder: where it is prepared.
+    root: the folder of prepared sets, for messages.
+    cache_dir: as for `load`.
+
+  Returns:
+    The split.
+
+  Raises:
+    DataError: the set is not one of image classification, or its images
+      differ in size, or its records cannot be read.
+  """
   version = folder.name
   entry = cache_root(cache_dir).joinpath(
     "datasets",
@@ -92,9 +152,9 @@ def read_prepared(
     f"{version}-{_digest(folder)}",
     split,
   )
-  arrays, extra = cached(entry, lambda: _decode(name, split, folder))
+  arrays, extra = cached(entry, lambda: _decode(request, split, folder, root))
   return Dataset(
-    name,
+    str(request),
     arrays["images"],
     arrays["labels"],
     extra["num_classes"],
@@ -110,31 +170,35 @@ def image_and_label(name: str, info: Any) -> tuple[str, str]:
     name: the set's name, for messages.
     info: its `tfds.core.DatasetInfo`.
 
+  Returns:
+    The two keys of a record.
+
   Raises:
-    DataError: the set has not one of each.
+    DataError: the set has not one of each, or its images cannot make one array.
   """
-  import tensorflow_datasets as tfds
+  from tensorflow_datasets import features as kinds
 
   features = info.features
-  keys = (
-    list(features) if isinstance(features, tfds.features.FeaturesDict) else []
-  )
-  images = [k for k in keys if isinstance(features[k], tfds.features.Image)]
-  labels = [
-    k for k in keys if isinstance(features[k], tfds.features.ClassLabel)
-  ]
-  supervised = info.supervised_keys
-  if supervised is not None and len(supervised) == 2:
-    image, label = supervised
-    if image in images and label in labels:
-      return image, label
-  if len(images) == 1 and len(labels) == 1:
-    return images[0], labels[0]
-  raise DataError(
-    f"{name} is not an image classification set: it has {len(images)} image"
-    f" and {len(labels)} class label features among {keys}; choose a set with"
-    " one of each."
-  )
+  keys = list(features) if isinstance(features, kinds.FeaturesDict) else []
+  images = [k for k in keys if isinstance(features[k], kinds.Image)]
+  labels = [k for k in keys if isinstance(features[k], kinds.ClassLabel)]
+  supervised: Sequence[str] = info.supervised_keys or ()
+  if len(supervised) == 2:
+    images = [k for k in images if k == supervised[0]]
+    labels = [k for k in labels if k == supervised[1]]
+  if len(images) != 1 or len(labels) != 1:
+    raise DataError(
+      f"{name} is not an image classification set: it has not one image and one"
+      f" class label among its features {keys}; choose another set."
+    )
+  image = features[images[0]]
+  if None in image.shape or image.np_dtype not in (np.uint8, np.float32):
+    raise DataError(
+      f"the images of {name} have shape {image.shape} and type"
+      f" {np.dtype(image.np_dtype).name}: choose a set with uint8 or float32"
+      " images of one size."
+    )
+  return images[0], labels[0]
 
 
 def _newest(folder: pathlib.Path, version: str | None) -> pathlib.Path | None:
@@ -145,7 +209,7 @@ def _newest(folder: pathlib.Path, version: str | None) -> pathlib.Path | None:
     for path in folder.iterdir()
     if _VERSION.fullmatch(path.name)
     and version in (None, path.name)
-    and (path / "dataset_info.json").is_file()
+    and (path / _INFO).is_file()
   ]
   return max(
     versions,
@@ -157,7 +221,7 @@ def _newest(folder: pathlib.Path, version: str | None) -> pathlib.Path | None:
 def _digest(folder: pathlib.Path) -> str:
   """A digest of a prepared set, so that one prepared anew is not confused."""
   digest = hashlib.sha256()
-  for name in ("dataset_info.json", "features.json"):
+  for name in (_INFO, "features.json"):
     path = folder / name
     if path.is_file():
       digest.update(path.read_bytes())
@@ -165,45 +229,59 @@ def _digest(folder: pathlib.Path) -> str:
 
 
 def _decode(
-  name: str, split: str, folder: pathlib.Path
+  request: Request, split: str, folder: pathlib.Path, root: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Decodes a whole split at once."""
-  stored_as = json.loads((folder / "dataset_info.json").read_text()).get(
-    "fileFormat", "tfrecord"
-  )
-  if stored_as != "array_record":
-    raise DataError(
-      f"{name} in {folder} is stored as {stored_as}, which only TensorFlow"
-      f" reads: run 'tfds build {name} --file_format=array_record'."
-    )
-  import tensorflow_datasets as tfds
+  with require(request.name):
+    # TFDS takes a missing PIL for a missing TensorFlow.
+    import PIL.Image  # noqa: F401
+    import tensorflow_datasets as tfds
 
+  stored_as = _file_format(request, folder)
+  if stored_as != _FORMAT:
+    command = build_command(request, root, overwrite=True)
+    raise DataError(
+      f"{request} in {folder} is stored as {stored_as}, which needs TensorFlow"
+      f" to read: once, run {command}"
+    )
   builder = tfds.builder_from_directory(folder)
-  image_key, label_key = image_and_label(name, builder.info)
+  image_key, label_key = image_and_label(str(request), builder.info)
   if split not in builder.info.splits:
     raise DataError(
-      f"{name} has no split {split!r}: it has {sorted(builder.info.splits)}."
+      f"{request} has no split {split!r}, only {sorted(builder.info.splits)}:"
+      " choose another set."
     )
-  feature = builder.info.features[image_key]
-  if None in feature.shape:
+  image = builder.info.features[image_key]
+  label = builder.info.features[label_key]
+  try:
+    source = builder.as_data_source(split)
+    images = np.empty((len(source), *image.shape), image.np_dtype)
+    labels = np.empty(len(source), np.int32)
+    for start in range(0, len(source), _CHUNK):
+      rows = range(start, min(start + _CHUNK, len(source)))
+      for row, record in zip(rows, source.__getitems__(rows), strict=True):
+        images[row] = record[image_key]
+        labels[row] = record[label_key]
+  except Exception as error:  # Of whatever kind the readers below raise.
     raise DataError(
-      f"the images of {name} differ in size (shape {feature.shape}): choose a"
-      " set whose images are all of one size."
-    )
-  if feature.np_dtype not in (np.uint8, np.float32):
+      f"the records of {request} in {folder} cannot be read"
+      f" ({first_line(error)}): remove that folder, and prepare the set anew."
+    ) from error
+  classes = label.num_classes or 0
+  if np.any((labels < 0) | (labels >= classes)):
     raise DataError(
-      f"the images of {name} are {np.dtype(feature.np_dtype).name}: choose a"
-      " set with uint8 or float32 images."
+      f"the split {split!r} of {request} has samples without a class: choose"
+      " another set."
     )
-  source = builder.as_data_source(split)
-  images = np.empty((len(source), *feature.shape), feature.np_dtype)
-  labels = np.empty(len(source), np.int32)
-  for start in range(0, len(source), _CHUNK):
-    stop = min(start + _CHUNK, len(source))
-    for row, record in enumerate(
-      source.__getitems__(range(start, stop)), start
-    ):
-      images[row] = record[image_key]
-      labels[row] = record[label_key]
-  num_classes = builder.info.features[label_key].num_classes
-  return {"images": images, "labels": labels}, {"num_classes": num_classes}
+  return {"images": images, "labels": labels}, {"num_classes": classes}
+
+
+def _file_format(request: Request, folder: pathlib.Path) -> str:
+  try:
+    info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    return str(info.get("fileFormat", "tfrecord"))
+  except (OSError, ValueError, AttributeError) as error:
+    raise DataError(
+      f"{request} in {folder} has an unreadable {_INFO} ({error}): remove that"
+      " folder, and prepare the set anew."
+    ) from error
