@@ -1,0 +1,246 @@
+"""What the rows of the Mode Path Fusion study share: data, network, losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from experiments.configs import mpf as mpf_config
+from jaxmerge import data as data_lib
+from jaxmerge import models
+from jaxmerge import training
+
+PyTree = Any
+
+RECIPES = ("corrected", "paper")
+SPLITS = ("heterogeneous", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Everything that the stages need, on the devices.
+
+  Attributes:
+    config: the configuration.
+    train: the training set, uint8 images and labels.
+    test: the test set, or the held-out part of the training set.
+    parts: rows of the training set that "a", "b" and "joint" train on, int32
+      `[seeds, n]`.
+    sizes: number of examples of every part, and of the test set.
+    init: makes the initial parameters of all seeds from a stage's keys.
+    loss_fn: per-example loss with the accuracy.
+    metric_fn: per-example loss and accuracy of a network.
+    ensemble_fn: the same of the mean logits of a pair of networks.
+    transform: augmentation of one example, or None.
+  """
+
+  config: ml_collections.ConfigDict
+  train: training.Replicated
+  test: training.Replicated
+  parts: dict[str, np.ndarray]
+  sizes: dict[str, int]
+  init: Callable[[jax.Array], PyTree]
+  loss_fn: Callable[[PyTree, PyTree, jax.Array], Any]
+  metric_fn: Callable[[PyTree, PyTree], PyTree]
+  ensemble_fn: Callable[[PyTree, PyTree], PyTree]
+  transform: Callable[[jax.Array, PyTree], PyTree] | None
+
+  @property
+  def num_devices(self) -> int:
+    """Number of devices that share a batch."""
+    return len(self.train.devices)
+
+  def keys(self, stage: int) -> jax.Array:
+    """PRNG keys of a stage, one a seed."""
+    return jnp.stack(
+      [
+        jax.random.fold_in(jax.random.key(seed), stage)
+        for seed in self.config.seeds
+      ]
+    )
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError where a field is out of its range."""
+  if config.network not in models.names():
+    raise ValueError(
+      f"Unknown network {config.network!r}. Choose one of "
+      f"{', '.join(models.names())}."
+    )
+  for name, known in (
+    ("recipe", RECIPES),
+    ("split", SPLITS),
+  ):
+    if config[name] not in known:
+      raise ValueError(
+        f"Unknown {name} {config[name]!r}. Choose one of {', '.join(known)}."
+      )
+  unknown = sorted(set(config.rows) - set(mpf_config.ROWS))
+  if unknown or not config.rows:
+    raise ValueError(
+      f"rows names {', '.join(unknown) or 'nothing'}. Choose from "
+      f"{', '.join(mpf_config.ROWS)}."
+    )
+  if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+    raise ValueError(f"seeds must be distinct integers, got {config.seeds}.")
+  if not 0 < config.fraction < 1:
+    raise ValueError(f"fraction must lie in (0, 1), got {config.fraction}.")
+  if not 0 <= config.holdout < 1:
+    raise ValueError(f"holdout must lie in [0, 1), got {config.holdout}.")
+  for name in ("checkpoint_every", "profile_points"):
+    if config[name] < 1:
+      raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+  if config.crop_padding < 0:
+    raise ValueError("crop_padding must not be negative.")
+
+
+def _transform(
+  config: ml_collections.ConfigDict,
+) -> Callable[[jax.Array, PyTree], PyTree] | None:
+  """Random crop, then random horizontal flip, of one example."""
+  padding, flip = config.crop_padding, config.flip
+  if not (padding or flip):
+    return None
+
+  def transform(key: jax.Array, example: PyTree) -> PyTree:
+    crop_key, flip_key = jax.random.split(key)
+    image = example["image"]
+    if padding:
+      offset = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
+      margin = ((padding, padding), (padding, padding), (0, 0))
+      image = jax.lax.dynamic_slice(
+        jnp.pad(image, margin), (offset[0], offset[1], 0), image.shape
+      )
+    if flip:
+      image = jnp.where(
+        jax.random.bernoulli(flip_key), image[:, ::-1], image
+      )
+    return {**example, "image": image}
+
+  return transform
+
+
+def _parts(
+  config: ml_collections.ConfigDict, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The rows that every seed's A, B and joint network train on."""
+  pairs = []
+  for seed in config.seeds:
+    if config.split == "plain":
+      pair = data_lib.plain_split(
+        len(labels), fraction=config.fraction, seed=seed
+      )
+    else:
+      pair = data_lib.heterogeneous_split(
+        labels,
+        special_class=config.special_class,
+        fraction=config.fraction,
+        seed=seed,
+      )
+    pairs.append(pair)
+  everything = np.arange(len(labels), dtype=np.int32)
+  return {
+    "a": np.stack([pair[0] for pair in pairs]),
+    "b": np.stack([pair[1] for pair in pairs]),
+    "joint": np.broadcast_to(everything, (len(pairs), len(labels))),
+  }
+
+
+def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
+  """Loads the data and makes the study of a configuration.
+
+  Args:
+    config: the configuration.
+    data_dir: folder of prepared TFDS sets, None for the default one.
+
+  Returns:
+    The study, its data on the devices.
+
+  Raises:
+    ValueError: a field is out of its range, or the data cannot be had.
+  """
+  check_config(config)
+  devices = training.resolve_devices(config.devices or None)
+  train = data_lib.load(config.dataset, "train", data_dir=data_dir)
+  images, labels = np.asarray(train.images), np.asarray(train.labels)
+  if config.holdout:
+    # One fixed split for all seeds: they differ in what they train on it.
+    held, rest = data_lib.plain_split(
+      len(labels), fraction=config.holdout, seed=0
+    )
+    test_images, test_labels = images[held], labels[held]
+    images, labels = images[rest], labels[rest]
+  else:
+    test = data_lib.load(config.dataset, "test", data_dir=data_dir)
+    test_images, test_labels = np.asarray(test.images), np.asarray(test.labels)
+  parts = _parts(config, labels)
+  for name, rows in parts.items():
+    # Checked for every part before the first is trained.
+    try:
+      training.plan_epoch(rows.shape[1], config.batch_size, len(devices))
+    except ValueError as error:
+      raise ValueError(f"Part {name}: {error}") from error
+  sizes = {name: rows.shape[1] for name, rows in parts.items()}
+  sizes["test"] = len(test_labels)
+
+  mean, std = data_lib.normalization(config.dataset, data_dir=data_dir)
+  factor, shift = (1 / (255 * std)), -mean / std
+  model = models.get(
+    config.network,
+    num_classes=train.num_classes,
+    use_bias=config.use_bias,
+    kernel_init=config.kernel_init,
+  )
+
+  def logits(params: PyTree, images: jax.Array) -> jax.Array:
+    scale, offset = (
+      jnp.asarray(value, jnp.float32).reshape(1, 1, 1, -1)
+      for value in (factor, shift)
+    )
+    images = images.astype(jnp.float32) * scale + offset
+    return model.apply({"params": params}, images)
+
+  def metrics(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    hits = outputs.argmax(axis=-1).astype(labels.dtype) == labels
+    return {
+      "loss": optax.softmax_cross_entropy_with_integer_labels(outputs, labels),
+      "accuracy": hits.astype(jnp.float32),
+    }
+
+  def metric_fn(params: PyTree, batch: PyTree) -> PyTree:
+    return metrics(logits(params, batch["image"]), batch["label"])
+
+  def ensemble_fn(pair: PyTree, batch: PyTree) -> PyTree:
+    first, second = (logits(params, batch["image"]) for params in pair)
+    return metrics((first + second) / 2, batch["label"])
+
+  def loss_fn(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
+    del key  # The networks are deterministic.
+    values = metric_fn(params, batch)
+    return values["loss"], {"accuracy": values["accuracy"]}
+
+  def init(keys: jax.Array) -> PyTree:
+    example = jnp.zeros((1, *images.shape[1:]))
+    return jax.vmap(lambda key: model.init(key, example)["params"])(keys)
+
+  return Study(
+    config=config,
+    train=training.replicate({"image": images, "label": labels}, devices),
+    test=training.replicate(
+      {"image": test_images, "label": test_labels}, devices
+    ),
+    parts=parts,
+    sizes=sizes,
+    init=jax.jit(init),
+    loss_fn=loss_fn,
+    metric_fn=metric_fn,
+    ensemble_fn=ensemble_fn,
+    transform=_transform(config),
+  )

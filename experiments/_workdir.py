@@ -1,0 +1,105 @@
+"""The folder of a run: its configuration, its metrics, its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file under a temporary name and renames it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON under a temporary name and renames it."""
+  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The configuration as JSON holds it: lists for tuples."""
+  return json.loads(config.to_json())
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(value, dict):
+    return {prefix: value}
+  flat: dict[str, Any] = {}
+  for name, item in value.items():
+    flat |= _flatten(item, f"{prefix}.{name}" if prefix else name)
+  return flat
+
+
+def open_workdir(
+  directory: str | os.PathLike[str], config: ml_collections.ConfigDict
+) -> pathlib.Path:
+  """Makes the folder of a run, or finds it again.
+
+  Args:
+    directory: the folder.
+    config: the configuration, kept as config.json.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: the folder holds another configuration, or can't be written.
+  """
+  path = pathlib.Path(directory).absolute()
+  mine = as_json(config)
+  kept = path / "config.json"
+  try:
+    if kept.exists():
+      theirs, ours = _flatten(json.loads(kept.read_text())), _flatten(mine)
+      differences = [
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+      ]
+      if differences:
+        raise ValueError(
+          f"The workdir {path} was made with another config: "
+          f"{'; '.join(differences)}. Choose another workdir."
+        )
+    else:
+      write_json(kept, mine)
+    if not os.access(path, os.W_OK):
+      raise PermissionError("no write permission")
+  except OSError as error:
+    raise ValueError(
+      f"The workdir {path} is not writable ({error.strerror or error}). "
+      "Choose another one with --workdir."
+    ) from error
+  return path
+
+
+class MetricsLog:
+  """metrics.jsonl: one line an epoch of a stage."""
+
+  def __init__(self, directory: pathlib.Path) -> None:
+    """See the class."""
+    self._path = directory / "metrics.jsonl"
+
+  def begin(self, stage: str) -> None:
+    """Drops the lines of a stage that is started or resumed."""
+    if not self._path.exists():
+      return
+    kept = [
+      line
+      for line in self._path.read_text().splitlines()
+      # A process killed while writing leaves half a line at the end.
+      if line.endswith("}") and json.loads(line)["stage"] != stage
+    ]
+    write_text(self._path, "".join(line + "\n" for line in kept))
+
+  def add(self, stage: str, record: dict[str, Any]) -> None:
+    """Appends an epoch's record."""
+    with self._path.open("a") as file:
+      file.write(json.dumps({"stage": stage, **record}) + "\n")
