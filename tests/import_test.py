@@ -1,4 +1,4 @@
-"""`import jaxmerge` brings in JAX and nothing heavy beside it."""
+"""`import jaxmerge` brings in nothing heavy."""
 
 from __future__ import annotations
 
