@@ -85,9 +85,10 @@ def require(name: str) -> Iterator[None]:
   try:
     yield
   except ModuleNotFoundError as error:
+    package = str(error.name).partition(".")[0]
     raise DataError(
-      f"{name} needs the package {error.name!r}, which is not installed: run"
-      f" pip install {_DISTRIBUTIONS.get(str(error.name), error.name)}"
+      f"{name} needs the package {package!r}, which is not installed: run"
+      f" pip install {_DISTRIBUTIONS.get(package, package)}"
     ) from error
 
 
