@@ -47,7 +47,12 @@ def load(
     return load_digits(split)
   request = parse(name)
   root = tfds_root(data_dir)
-  folder = find_prepared(request, root)
+  try:
+    folder = find_prepared(request, root)
+  except OSError as error:
+    raise DataError(
+      f"{root} cannot be read ({error}): set data_dir to a folder that can be."
+    ) from error
   if folder is None:
     folder = prepare(request, root, download=download)
   return read_prepared(request, split, folder, root=root, cache_dir=cache_dir)

@@ -318,6 +318,11 @@ class RefusalTest(_Test):
     self.assertLess(time.monotonic() - start, 30)
     self.assertFalse(self.root.exists())
 
+  def test_a_folder_that_cannot_be_read(self):
+    denied = PermissionError("permission denied")
+    with mock.patch.object(pathlib.Path, "is_dir", side_effect=denied):
+      self.assert_refused(f"{self.root} cannot be read", "mnist", "train")
+
   def test_no_download_wanted(self):
     self.assert_refused(
       f"not prepared in {self.root}, and download is off",
