@@ -1,6 +1,7 @@
-"""One curve epoch of Mode Path Fusion against PyTorch and the hardware.
+r"""One curve epoch of Mode Path Fusion against PyTorch and the hardware.
 
-  pip install -e ".[bench]"
+  pip install -e ".[bench]" \
+    --extra-index-url https://download.pytorch.org/whl/cpu
   python -m benchmarks.mpf_epoch [--data=mnist] [--output=mpf_epoch.json]
 
 Times an epoch of `jaxmerge.curves.fit_curve` and the same mathematics as an
