@@ -9,7 +9,9 @@ import platform
 
 import jax
 
-_PACKAGES = ("jaxmerge", "jax", "flax", "optax", "orbax-checkpoint", "ott-jax")
+import jaxmerge
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "ott-jax")
 
 
 def _processor() -> str:
@@ -37,10 +39,10 @@ def hardware(devices: int) -> str:
 
 def versions() -> dict[str, str]:
   """Returns the versions of Python and of the packages that matter."""
-  found = {"python": platform.python_version()}
+  found = {
+    "python": platform.python_version(),
+    "jaxmerge": jaxmerge.__version__,
+  }
   for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed"
+    found[name] = importlib.metadata.version(name)
   return found

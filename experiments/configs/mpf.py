@@ -105,7 +105,7 @@ def get_config(variant: str = "digits-mlpnet") -> ml_collections.ConfigDict:
   curve.t_sampling = "uniform"
   curve.t_shared = True
   # a of Beta(a, a) in the row mpf_beta.
-  curve.concentration = 5.0
+  curve.concentration = 20.0
 
   config.finetune = finetune = ml_collections.ConfigDict()
   finetune.learning_rate = 0.07

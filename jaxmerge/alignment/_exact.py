@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 
 from jaxmerge.alignment import _plan
@@ -41,16 +42,13 @@ def exact_plan(cost: jax.Array) -> _plan.TransportPlan:
 # would be compiled in every call.
 @jax.jit
 def _solve(cost: jax.Array) -> _plan.TransportPlan:
-  from optax import assignment
-
   n = cost.shape[0]
   is_finite = jnp.all(jnp.isfinite(cost))
-  # The algorithm is written in JAX's default dtype.
   solvable = jnp.where(is_finite, cost, jnp.zeros_like(cost))
-  rows, columns = assignment.hungarian_algorithm(
+  # The algorithm is written in JAX's default dtype.
+  permutation = _assign(
     jax.lax.stop_gradient(solvable).astype(jnp.result_type(float))
   )
-  permutation = jnp.zeros(n, jnp.int32).at[rows].set(columns.astype(jnp.int32))
   return _plan.TransportPlan(
     plan=jax.nn.one_hot(permutation, n, dtype=cost.dtype) / n,
     permutation=permutation,
@@ -59,3 +57,32 @@ def _solve(cost: jax.Array) -> _plan.TransportPlan:
     n_iters=jnp.zeros((), jnp.int32),
     error=jnp.zeros((), cost.dtype),
   )
+
+
+def _hungarian(cost: jax.Array) -> jax.Array:
+  from optax import assignment
+
+  rows, columns = assignment.hungarian_algorithm(cost)
+  permutation = jnp.zeros(cost.shape[0], jnp.int32)
+  return permutation.at[rows].set(columns.astype(jnp.int32))
+
+
+@jax.custom_batching.custom_vmap
+def _assign(cost: jax.Array) -> jax.Array:
+  return _hungarian(cost)
+
+
+@_assign.def_vmap
+def _assign_many(
+  axis_size: int, in_batched: list[bool], costs: jax.Array
+) -> tuple[jax.Array, bool]:
+  # Batched, the loops run as long as the slowest problem's and copy their
+  # whole state in every step. A CPU, which gains nothing from the batch,
+  # solves the problems one after the other.
+  del axis_size, in_batched
+  permutations = jax.lax.platform_dependent(
+    costs,
+    cpu=lambda costs: jax.lax.map(_assign, costs),
+    default=jax.vmap(_hungarian),
+  )
+  return permutations, True

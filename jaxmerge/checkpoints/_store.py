@@ -192,8 +192,10 @@ class Store:
 
   def wait(self) -> None:
     """Blocks until everything is written."""
-    self._manager.wait_until_finished()
+    if "_manager" in self.__dict__:
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and releases the threads."""
-    self._manager.close()
+    if "_manager" in self.__dict__:
+      self._manager.close()

@@ -420,7 +420,7 @@ class ResumeTest(parameterized.TestCase):
 
 class ErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
-    ({"epochs": 0}, "epochs must be at least 1"),
+    ({"epochs": 0}, "must be at least 1"),
     ({"batch_size": 41}, "larger than the data"),
     ({"batch_size": 6, "devices": 4}, "not divisible"),
     ({"indices": [[0, 40]]}, r"must lie in \[0, 40\)"),
