@@ -12,7 +12,6 @@ figures. See experiments/configs/mpf.py for the variants.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +27,7 @@ from experiments import _mpf_study
 from experiments import _workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  str(pathlib.Path(__file__).parent / "configs" / "mpf.py"),
-  "Configuration file and variant.",
+  "config", None, "Configuration file and variant, path:variant."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DATA_DIR = flags.DEFINE_string(
@@ -81,12 +78,24 @@ def run(
   return results
 
 
+def require_flags(*names: str) -> None:
+  """Raises ValueError for a flag that was not given."""
+  examples = {
+    "config": "experiments/configs/mpf.py:digits-mlpnet",
+    "workdir": "runs/digits",
+  }
+  for name in names:
+    if flags.FLAGS[name].value is None:
+      raise ValueError(
+        f"--{name} is missing, for instance --{name}={examples[name]}."
+      )
+
+
 def main(argv: Sequence[str]) -> None:
   """Runs the study that the flags describe, and prints its table."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-  if not _WORKDIR.value:
-    raise ValueError("--workdir is missing: the folder for the run's files.")
+  require_flags("config", "workdir")
   results = run(
     _CONFIG.value, _WORKDIR.value, _DATA_DIR.value, _PROGRESS.value
   )

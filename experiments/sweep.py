@@ -138,9 +138,8 @@ def main(argv: Sequence[str]) -> None:
   """Sweeps as the flags say."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+  mpf.require_flags("config", "workdir")
   flag = flags.FLAGS
-  if not flag.workdir:
-    raise ValueError("--workdir is missing: the folder for the runs.")
   sweep(
     flag.config,
     parse_grid(_GRID.value, flag.config),

@@ -212,9 +212,8 @@ def main(argv: Sequence[str]) -> None:
   """Runs the table that the flags describe."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+  mpf.require_flags("workdir")
   flag = flags.FLAGS
-  if not flag.workdir:
-    raise ValueError("--workdir is missing: the folder for the runs.")
   try:
     seeds = [int(seed) for seed in _SEEDS.value]
   except ValueError as error:

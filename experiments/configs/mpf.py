@@ -113,10 +113,12 @@ def get_config(variant: str = "digits-mlpnet") -> ml_collections.ConfigDict:
   finetune.momentum = 0.9
   finetune.weight_decay = 5e-4
 
+  if dataset == "cifar10" and not paper:
+    # Chosen on held-out training data, see BUILD_NOTES.md.
+    base.learning_rate = finetune.learning_rate = 0.02
   if dataset == "digits":
     config.batch_size = 32
-    config.checkpoint_every = 10
-    base.epochs = curve.epochs = 30
+    config.checkpoint_every = 5
   if flavour == "smoke":
     config.seeds = (0, 1)
     base.epochs = curve.epochs = 2
