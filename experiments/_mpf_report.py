@@ -9,12 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _hardware
-from experiments import _mpf_study
-from experiments import _paper
-from experiments import _workdir
-from jaxmerge import curves
-from jaxmerge import training
+from experiments import _hardware, _mpf_study, _paper, _workdir
+from jaxmerge import curves, training
 
 LABELS = {
   "joint": "Joint",
@@ -45,7 +41,9 @@ def evaluate_rows(
   rows = {}
   for name in study.config.rows:
     if name == "ensemble":
-      params = tuple(networks[part]["params"] for part in ("model_a", "model_b"))
+      params = tuple(
+        networks[part]["params"] for part in ("model_a", "model_b")
+      )
       metric_fn = study.ensemble_fn
     else:
       params, metric_fn = networks[name]["params"], study.metric_fn

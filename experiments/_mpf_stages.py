@@ -12,13 +12,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from experiments import _mpf_study
-from experiments import _workdir
-from jaxmerge import alignment
-from jaxmerge import checkpoints
-from jaxmerge import curves
-from jaxmerge import merging
-from jaxmerge import training
+from experiments import _mpf_study, _workdir
+from jaxmerge import alignment, checkpoints, curves, merging, training
 
 PyTree = Any
 Networks = dict[str, PyTree]

@@ -14,8 +14,7 @@ import optax
 
 from experiments.configs import mpf as mpf_config
 from jaxmerge import data as data_lib
-from jaxmerge import models
-from jaxmerge import training
+from jaxmerge import models, training
 
 PyTree = Any
 
@@ -119,9 +118,7 @@ def _transform(
         jnp.pad(image, margin), (offset[0], offset[1], 0), image.shape
       )
     if flip:
-      image = jnp.where(
-        jax.random.bernoulli(flip_key), image[:, ::-1], image
-      )
+      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
     return {**example, "image": image}
 
   return transform
@@ -205,7 +202,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
       for value in (factor, shift)
     )
     images = images.astype(jnp.float32) * scale + offset
-    return model.apply({"params": params}, images)
+    return jnp.asarray(model.apply({"params": params}, images))
 
   def metrics(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     hits = outputs.argmax(axis=-1).astype(labels.dtype) == labels

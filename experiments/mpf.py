@@ -16,15 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import _cli
-from experiments import _mpf_report
-from experiments import _mpf_stages
-from experiments import _mpf_study
-from experiments import _workdir
+from experiments import _cli, _mpf_report, _mpf_stages, _mpf_study, _workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file and variant, path:variant."
@@ -97,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
   require_flags("config", "workdir")
   results = run(
-    _CONFIG.value, _WORKDIR.value, _DATA_DIR.value, _PROGRESS.value
+    _CONFIG.value, str(_WORKDIR.value), _DATA_DIR.value, _PROGRESS.value
   )
   print(_mpf_report.table(results))
   print(f"Files and pictures: {_WORKDIR.value}")

@@ -21,13 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app
-from absl import flags
+from absl import app, flags
 
-from experiments import _cli
-from experiments import _mpf_report
-from experiments import _workdir
-from experiments import mpf
+from experiments import _cli, _mpf_report, _workdir, mpf
 
 # config, workdir, data_dir and progress are the flags of experiments.mpf.
 _GRID = flags.DEFINE_multi_string(
@@ -128,9 +124,10 @@ def sweep(
 
 
 def _line(results: dict[str, Any]) -> str:
+  accuracies = {name: row["accuracy"] for name, row in results["rows"].items()}
   return ", ".join(
-    f"{name} {_mpf_report.cell(row['accuracy']['mean'], row['accuracy']['std'])}"
-    for name, row in results["rows"].items()
+    f"{name} {_mpf_report.cell(accuracy['mean'], accuracy['std'])}"
+    for name, accuracy in accuracies.items()
   )
 
 

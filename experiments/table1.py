@@ -19,14 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app
-from absl import flags
+from absl import app, flags
 
-from experiments import _cli
-from experiments import _mpf_report
-from experiments import _paper
-from experiments import _workdir
-from experiments import mpf
+from experiments import _cli, _mpf_report, _paper, _workdir, mpf
 from experiments.configs import mpf as mpf_config
 
 _ROOT = pathlib.Path(__file__).parent.parent

@@ -1,6 +1,5 @@
 """Checkpoints of training runs and networks, by Orbax."""
 
-from jaxmerge.checkpoints._store import CheckpointError
-from jaxmerge.checkpoints._store import Store
+from jaxmerge.checkpoints._store import CheckpointError, Store
 
 __all__ = ["CheckpointError", "Store"]

@@ -10,6 +10,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -22,7 +23,7 @@ class CheckpointError(ValueError):
 
 
 def _is_key(leaf: Any) -> bool:
-  return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+  return isinstance(leaf, jax.Array) and jnp.issubdtype(
     leaf.dtype, jax.dtypes.prng_key
   )
 
@@ -30,16 +31,14 @@ def _is_key(leaf: Any) -> bool:
 def _to_host(tree: PyTree) -> PyTree:
   """NumPy copies of all leaves; PRNG keys as their data."""
   return jax.tree.map(
-    lambda leaf: np.array(
-      jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    ),
+    lambda leaf: np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf),
     tree,
   )
 
 
 def _checksums(tree: PyTree) -> list[int]:
   return [
-    zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     for leaf in jax.tree.leaves(tree)
   ]
 

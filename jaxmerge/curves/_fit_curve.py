@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from jaxmerge import training
 from jaxmerge import tree as tree_lib
-from jaxmerge.curves import _curve
-from jaxmerge.curves import _sampling
+from jaxmerge.curves import _curve, _sampling
 
 PyTree = Any
 
@@ -41,9 +40,7 @@ def _random_leaf(key: jax.Array, leaf: jax.Array) -> jax.Array:
 def _line(start: PyTree, end: PyTree, num_points: int) -> list[PyTree]:
   """Inner control points, evenly spaced on the straight line."""
   last = num_points - 1
-  return [
-    tree_lib.lerp(start, end, index / last) for index in range(1, last)
-  ]
+  return [tree_lib.lerp(start, end, index / last) for index in range(1, last)]
 
 
 def _random(
@@ -65,7 +62,7 @@ def _random(
 @functools.lru_cache(maxsize=64)
 def _curve_loss(
   loss_fn: Callable[..., Any],
-  kind: type[Any],
+  kind: str,
   t_sampling: str,
   concentration: float,
   t_shared: bool,
@@ -79,7 +76,7 @@ def _curve_loss(
     points = trained["inner"]
     start, end = trained["ends"] if ends is None else ends
     t = _sampling.sample_t(sampler, context, t_shared)
-    phi = _curve.evaluate_curve(kind, [start, *points, end], t)
+    phi = _curve.evaluate_curve(_curve.KINDS[kind], [start, *points, end], t)
     output = loss_fn(
       tree_lib.combine(phi, rest), context.batch, context.step_key()
     )
@@ -173,9 +170,16 @@ def fit_curve(
   >>> data = {"x": np.ones(32, np.float32)}
   >>> def loss_fn(params, batch, key):
   ...   return (params["r"] @ params["r"] - batch["x"]) ** 2
-  >>> result = fit_curve(loss_fn, {"r": jnp.array([1.0, 0.0])},
-  ...                    {"r": jnp.array([0.0, 1.0])}, data, batch_size=8,
-  ...                    epochs=60, key=jax.random.key(0), weight_decay=0.0)
+  >>> result = fit_curve(
+  ...   loss_fn,
+  ...   {"r": jnp.array([1.0, 0.0])},
+  ...   {"r": jnp.array([0.0, 1.0])},
+  ...   data,
+  ...   batch_size=8,
+  ...   epochs=60,
+  ...   key=jax.random.key(0),
+  ...   weight_decay=0.0,
+  ... )
   >>> middle = result.curve(0.5)["r"]
   >>> bool(abs(middle @ middle - 1) < 0.1)
   True
@@ -215,7 +219,7 @@ def fit_curve(
   result = training.train(
     _curve_loss(
       loss_fn,
-      _curve.KINDS[kind],
+      kind,
       t_sampling,
       concentration,
       t_shared,

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 
 from jaxmerge import training
-from jaxmerge.curves import _fit_curve
-from jaxmerge.curves import _profile
+from jaxmerge.curves import _fit_curve, _profile
 
 PyTree = Any
 
@@ -115,8 +114,14 @@ def mode_path_fusion(
   >>> def loss_fn(params, batch, key):
   ...   return (params["r"] @ params["r"] - batch["x"]) ** 2
   >>> merged, info = mode_path_fusion(
-  ...   loss_fn, {"r": jnp.array([1.0, 0.0])}, {"r": jnp.array([0.0, 1.0])},
-  ...   data, key=jax.random.key(0), batch_size=8, epochs=60)
+  ...   loss_fn,
+  ...   {"r": jnp.array([1.0, 0.0])},
+  ...   {"r": jnp.array([0.0, 1.0])},
+  ...   data,
+  ...   key=jax.random.key(0),
+  ...   batch_size=8,
+  ...   epochs=60,
+  ... )
   >>> bool(abs(merged["r"] @ merged["r"] - 1) < 0.1), info.steps
   (True, 240)
   """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.training import _state
@@ -88,7 +89,7 @@ def replicate(
   )
 
   def put(leaf: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(
       leaf.dtype, jax.dtypes.prng_key
     ):
       data = put(jax.random.key_data(leaf))

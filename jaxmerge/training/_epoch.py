@@ -163,9 +163,7 @@ def run_step(
 
   gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
   if devices > 1:
-    gradients, metrics = jax.lax.pmean(
-      (gradients, metrics), _state.DEVICE_AXIS
-    )
+    gradients, metrics = jax.lax.pmean((gradients, metrics), _state.DEVICE_AXIS)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
@@ -228,8 +226,10 @@ def run_epoch(
     )
   # The last update can spoil the parameters behind a finite loss.
   good = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
-  metrics["loss"] = metrics["loss"].at[-1].set(
-    jnp.where(jnp.stack(good).all(), metrics["loss"][-1], jnp.nan)
+  metrics["loss"] = (
+    metrics["loss"]
+    .at[-1]
+    .set(jnp.where(jnp.stack(good).all(), metrics["loss"][-1], jnp.nan))
   )
   return state, metrics
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.training import _devices
-from jaxmerge.training import _state
+from jaxmerge.training import _devices, _state
 
 PyTree = Any
 

@@ -13,10 +13,7 @@ import numpy as np
 import tqdm
 
 from jaxmerge import tree as tree_lib
-from jaxmerge.training import _devices
-from jaxmerge.training import _epoch
-from jaxmerge.training import _optimizers
-from jaxmerge.training import _state
+from jaxmerge.training import _devices, _epoch, _optimizers, _state
 
 PyTree = Any
 Record = dict[str, Any]
@@ -206,8 +203,9 @@ def train(
     reset_optimizer,
   )
   done = len(history)
-  for record in history if on_epoch is not None else ():
-    on_epoch(record)
+  if on_epoch is not None:
+    for record in history:
+      on_epoch(record)
   state, frozen, rows, keys = place((state, frozen, indices, keys))
   with tqdm.tqdm(
     total=epochs * seeds * plan.examples,
@@ -233,9 +231,7 @@ def train(
       ):
         # A copy: the next epoch reuses the buffers of the donated state.
         copy = jax.tree.map(np.array, _devices.first_replica(state))
-        checkpoints.save(
-          history[-1]["step"], copy, {"history": list(history)}
-        )
+        checkpoints.save(history[-1]["step"], copy, {"history": list(history)})
       if on_epoch is not None:
         on_epoch(history[-1])
       bar.set_postfix(
@@ -315,8 +311,14 @@ def fit(
   >>> x = np.linspace(-1, 1, 64, dtype=np.float32)
   >>> def loss_fn(params, batch, key):
   ...   return (params["w"] * batch["x"] - batch["y"]) ** 2
-  >>> result = fit(loss_fn, {"w": jnp.zeros(())}, {"x": x, "y": 3 * x},
-  ...              key=jax.random.key(0), batch_size=8, weight_decay=0.0)
+  >>> result = fit(
+  ...   loss_fn,
+  ...   {"w": jnp.zeros(())},
+  ...   {"x": x, "y": 3 * x},
+  ...   key=jax.random.key(0),
+  ...   batch_size=8,
+  ...   weight_decay=0.0,
+  ... )
   >>> round(float(result.params["w"]), 1), result.steps
   (2.9, 80)
   """

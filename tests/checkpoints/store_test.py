@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from jaxmerge import checkpoints
-from jaxmerge import training
+from jaxmerge import checkpoints, training
 
 
 def _state(seed):

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from jaxmerge import curves
-from jaxmerge import tree
+from jaxmerge import curves, tree
 
 
 def _tree(seed, dtype=np.float32):

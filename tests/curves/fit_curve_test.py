@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx
 
-from jaxmerge import curves
-from jaxmerge import training
-from jaxmerge import tree
+from jaxmerge import curves, training, tree
 from jaxmerge.curves import _sampling
 
 _W1 = np.array([1.0, -2.0, 0.5], np.float32)
@@ -150,7 +147,10 @@ class OptionsTest(parameterized.TestCase):
 
   def test_seeds_at_once(self):
     keys = jax.random.split(jax.random.key(0))
-    stack = lambda a: {"w": jnp.stack([a, 2 * a])}
+
+    def stack(a):
+      return {"w": jnp.stack([a, 2 * a])}
+
     options = {"epochs": 3, "batch_size": 8, "learning_rate": 0.1}
     together = curves.fit_curve(
       _quadratic,
@@ -328,7 +328,12 @@ class FusionTest(parameterized.TestCase):
   def test_integer_leaves(self):
     start, end = ({"w": w, "n": np.arange(2)} for w in (_W1, _W2))
     merged, _ = curves.mode_path_fusion(
-      _quadratic, start, end, _ONES, key=jax.random.key(0), epochs=1,
+      _quadratic,
+      start,
+      end,
+      _ONES,
+      key=jax.random.key(0),
+      epochs=1,
       batch_size=8,
     )
     np.testing.assert_array_equal(merged["n"], np.arange(2))

@@ -17,15 +17,16 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from experiments import _cli
-from experiments import _mpf_report
-from experiments import _mpf_stages
-from experiments import _mpf_study
-from experiments import _workdir
-from experiments import mpf
+from experiments import (
+  _cli,
+  _mpf_report,
+  _mpf_stages,
+  _mpf_study,
+  _workdir,
+  mpf,
+)
 from experiments.configs import mpf as mpf_config
 from jaxmerge import checkpoints
 
@@ -338,7 +339,9 @@ class BadInputTest(_Workdir):
       self.assertNotIn("Traceback", run.stderr)
 
   @parameterized.parameters(
-    ValueError("bad\n  value"), OSError("bad value"), FloatingPointError("bad value")
+    ValueError("bad\n  value"),
+    OSError("bad value"),
+    FloatingPointError("bad value"),
   )
   def test_errors_of_main(self, error):
     output = io.StringIO()

@@ -9,9 +9,7 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from experiments import mpf
-from experiments import sweep
-from experiments import table1
+from experiments import mpf, sweep, table1
 from experiments.configs import mpf as mpf_config
 
 

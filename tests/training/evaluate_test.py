@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from jaxmerge import training
 

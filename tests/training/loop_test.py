@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from jaxmerge import checkpoints
-from jaxmerge import training
+from jaxmerge import checkpoints, training
 
 
 def _data(examples=40, features=5, seed=0):
@@ -192,7 +190,10 @@ class EpochTest(parameterized.TestCase):
     )
     rows = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
     keys = jax.random.split(jax.random.key(0))
-    put = lambda tree: training.replicate(tree, 1).value
+
+    def put(tree):
+      return training.replicate(tree, 1).value
+
     state, rows, keys, data = map(put, (state, rows, keys, data))
     orders = []
     for _ in range(2):

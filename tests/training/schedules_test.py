@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from jaxmerge import training
 
@@ -24,8 +23,12 @@ class ScheduleTest(parameterized.TestCase):
   def test_per_epoch_is_that_of_the_published_code(self):
     schedule = training.constant_linear_flat(0.07, 7e-4, 10, 7, per_epoch=True)
     want = [0.07] * 6 + [0.052675, 0.03535, 0.018025, 0.0007]
-    got = [[float(schedule(7 * epoch + i)) for i in range(7)] for epoch in range(10)]
-    np.testing.assert_allclose(got, np.repeat(want, 7).reshape(10, 7), rtol=1e-5)
+    got = [
+      [float(schedule(7 * epoch + i)) for i in range(7)] for epoch in range(10)
+    ]
+    np.testing.assert_allclose(
+      got, np.repeat(want, 7).reshape(10, 7), rtol=1e-5
+    )
 
   @parameterized.parameters(
     ({"initial": 0.0}, "positive"),
