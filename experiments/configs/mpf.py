@@ -116,9 +116,12 @@ def get_config(variant: str = "digits-mlpnet") -> ml_collections.ConfigDict:
   if dataset == "cifar10" and not paper:
     # Chosen on held-out training data, see BUILD_NOTES.md.
     base.learning_rate = finetune.learning_rate = 0.02
+    curve.learning_rate = 0.16
   if dataset == "digits":
-    config.batch_size = 32
+    config.batch_size = 64
     config.checkpoint_every = 5
+    config.seeds = (0, 1, 2)
+    base.epochs = curve.epochs = 15
   if flavour == "smoke":
     config.seeds = (0, 1)
     base.epochs = curve.epochs = 2
