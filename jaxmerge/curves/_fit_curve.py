@@ -63,23 +63,18 @@ def _random(
 def _curve_loss(
   loss_fn: Callable[..., Any],
   kind: str,
-  t_sampling: str,
-  concentration: float,
-  t_shared: bool,
   phi_weight_decay: float,
 ) -> Callable[..., Any]:
   """The task loss at a random point of the curve."""
-  sampler = _sampling.get_sampler(t_sampling, concentration)
 
   def loss(trained: PyTree, context: training.Context) -> Any:
     ends, rest = context.frozen
     points = trained["inner"]
     start, end = trained["ends"] if ends is None else ends
-    t = _sampling.sample_t(sampler, context, t_shared)
-    phi = _curve.evaluate_curve(_curve.KINDS[kind], [start, *points, end], t)
-    output = loss_fn(
-      tree_lib.combine(phi, rest), context.batch, context.step_key()
+    phi = _curve.evaluate_curve(
+      _curve.KINDS[kind], [start, *points, end], context.drawn
     )
+    output = loss_fn(tree_lib.combine(phi, rest), context.batch, context.key)
     if not phi_weight_decay:
       return output
     losses, metrics = output if isinstance(output, tuple) else (output, {})
@@ -193,8 +188,7 @@ def fit_curve(
       f"num_points must be at least {least}, got {num_points}: nothing would "
       "be trained."
     )
-  # Validated here, before anything is placed on a device.
-  _sampling.get_sampler(t_sampling, concentration)
+  draw = _sampling.draw_t(t_sampling, concentration, t_shared)
   as_arrays = functools.partial(jax.tree.map, jnp.asarray)
   start, rest = tree_lib.partition(as_arrays(start))
   end, _ = tree_lib.partition(as_arrays(end))
@@ -220,9 +214,6 @@ def fit_curve(
     _curve_loss(
       loss_fn,
       kind,
-      t_sampling,
-      concentration,
-      t_shared,
       phi_weight_decay,
     ),
     {"inner": inner, "ends": (start, end) if train_ends else None},
@@ -232,6 +223,7 @@ def fit_curve(
     batch_size=batch_size,
     keys=key,
     frozen=(None if train_ends else (start, end), rest),
+    draw=draw,
     **options,
   )
   if train_ends:

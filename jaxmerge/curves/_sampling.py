@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -72,14 +73,16 @@ def get_sampler(name: str, concentration: float) -> Sampler:
   return samplers[name]
 
 
-def sample_t(
-  sampler: Sampler, context: training.Context, shared: bool
-) -> jax.Array:
-  """Draws t for this step, one for all devices or one for each."""
-  draw = context.step
-  if not shared:
+@functools.lru_cache(maxsize=64)
+def draw_t(name: str, concentration: float, shared: bool) -> Sampler:
+  """Draws the t of a step, one for all devices or one for each."""
+  sampler = get_sampler(name, concentration)
+  if shared:
+    return sampler
+
+  def own(key: jax.Array, step: jax.Array) -> jax.Array:
     devices = jax.lax.axis_size(training.DEVICE_AXIS)
     device = jax.lax.axis_index(training.DEVICE_AXIS)
-    draw = draw * devices + device
-  # Apart from the keys that the loss itself draws from.
-  return sampler(jax.random.fold_in(context.key, 2**31 - 1), draw)
+    return sampler(key, step * devices + device)
+
+  return own

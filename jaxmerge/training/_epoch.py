@@ -21,6 +21,9 @@ ContextLoss = Callable[[PyTree, _state.Context], Any]
 #: `transform(key, example) -> example`, for one example.
 Transform = Callable[[jax.Array, PyTree], PyTree]
 
+#: `draw(key, step) -> pytree`, random numbers of one step.
+Draw = Callable[[jax.Array, jax.Array], PyTree]
+
 
 class Plan(NamedTuple):
   """How an epoch over `examples` examples is cut into steps.
@@ -112,6 +115,7 @@ def run_step(
   data: PyTree,
   rows: jax.Array,
   key: jax.Array,
+  drawn: PyTree,
 ) -> tuple[_state.TrainState, Metrics]:
   """One optimizer step on `size` examples; `rows` are padded to the devices.
 
@@ -125,7 +129,8 @@ def run_step(
     frozen: leaves that are not trained.
     data: the whole data on this device, leaves `[examples, ...]`.
     rows: int32 `[padded size]`, the batch's rows of `data`.
-    key: PRNG key of the run.
+    key: PRNG key of the step.
+    drawn: the random numbers of the step.
 
   Returns:
     The state after the step and the batch's mean metrics.
@@ -141,13 +146,11 @@ def run_step(
 
   my_rows = mine(rows)
   batch = jax.tree.map(lambda leaf: leaf[my_rows], data)
-  context = _state.Context(frozen, batch, key, state.step)
+  context = _state.Context(frozen, batch, key, drawn)
   if transform is not None:
     # One key an example of the global batch: the same augmentation whatever
     # the number of devices.
-    keys = jax.random.split(
-      jax.random.fold_in(context.step_key(), 1), rows.shape[0]
-    )
+    keys = jax.random.split(jax.random.fold_in(key, 1), rows.shape[0])
     context = context._replace(batch=jax.vmap(transform)(mine(keys), batch))
   weights = mine(jnp.arange(rows.shape[0]) < size) if padded else None
   # Shares that hold padding count less; the mean over devices is then the
@@ -175,6 +178,7 @@ def run_epoch(
   loss_fn: ContextLoss,
   optimizer: optax.GradientTransformation,
   transform: Transform | None,
+  draw: Draw | None,
   plan: Plan,
   reset_optimizer: bool,
   state: _state.TrainState,
@@ -184,30 +188,41 @@ def run_epoch(
   data: PyTree,
 ) -> tuple[_state.TrainState, Metrics]:
   """One epoch of one seed on one device; see `compile_epoch`."""
-  order_key, step_key = jax.random.split(key)
+  order_key, step_key, draw_key = jax.random.split(key, 3)
   epoch = state.step // plan.steps
   order = jax.random.permutation(jax.random.fold_in(order_key, epoch), indices)
   if reset_optimizer:
     state = state._replace(opt_state=optimizer.init(state.params))
+  # Hashes are drawn for the whole epoch at once: within the scan each would
+  # be a handful of tiny kernels a step.
+  numbers = state.step + jnp.arange(plan.steps, dtype=jnp.int32)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, numbers)
+  drawn = None if draw is None else jax.vmap(draw, (None, 0))(draw_key, numbers)
   step = functools.partial(
-    run_step, loss_fn, optimizer, transform, devices=plan.devices
+    run_step,
+    loss_fn,
+    optimizer,
+    transform,
+    devices=plan.devices,
+    frozen=frozen,
+    data=data,
   )
-  whole = plan.full_steps * plan.batch_size
+  full = plan.full_steps
+  whole = full * plan.batch_size
 
   def body(
-    state: _state.TrainState, rows: jax.Array
+    state: _state.TrainState, step_inputs: tuple[jax.Array, jax.Array, PyTree]
   ) -> tuple[_state.TrainState, Metrics]:
+    rows, key, values = step_inputs
     return step(
-      size=plan.batch_size,
-      state=state,
-      frozen=frozen,
-      data=data,
-      rows=rows,
-      key=step_key,
+      size=plan.batch_size, state=state, rows=rows, key=key, drawn=values
     )
 
+  batches = order[:whole].reshape(full, plan.batch_size)
   state, metrics = jax.lax.scan(
-    body, state, order[:whole].reshape(plan.full_steps, plan.batch_size)
+    body,
+    state,
+    (batches, keys[:full], jax.tree.map(lambda leaf: leaf[:full], drawn)),
   )
   if plan.tail:
     missing = -plan.tail % plan.devices
@@ -216,10 +231,9 @@ def run_epoch(
     state, last = step(
       size=plan.tail,
       state=state,
-      frozen=frozen,
-      data=data,
       rows=rows,
-      key=step_key,
+      key=keys[-1],
+      drawn=jax.tree.map(lambda leaf: leaf[-1], drawn),
     )
     metrics = jax.tree.map(
       lambda many, one: jnp.concatenate([many, one[None]]), metrics, last
@@ -241,6 +255,7 @@ def compile_epoch(
   plan: Plan,
   devices: tuple[jax.Device, ...],
   transform: Transform | None = None,
+  draw: Draw | None = None,
   reset_optimizer: bool = False,
 ) -> Callable[..., tuple[_state.TrainState, Metrics]]:
   """Compiles one epoch of several seeds on several devices.
@@ -256,6 +271,7 @@ def compile_epoch(
     plan: how the epoch is cut into steps.
     devices: the devices that share each batch.
     transform: `transform(key, example)`, augmentation of one example.
+    draw: `draw(key, step)`, random numbers of a step, for `Context.drawn`.
     reset_optimizer: start every epoch with a fresh optimizer state.
 
   Returns:
@@ -264,7 +280,7 @@ def compile_epoch(
     one of seeds. `state` is donated. Metrics are per step.
   """
   one = functools.partial(
-    run_epoch, loss_fn, optimizer, transform, plan, reset_optimizer
+    run_epoch, loss_fn, optimizer, transform, draw, plan, reset_optimizer
   )
   seeds = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
   return jax.pmap(

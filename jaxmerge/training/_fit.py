@@ -115,6 +115,7 @@ def train(
   frozen: PyTree = None,
   indices: Any = None,
   transform: _epoch.Transform | None = None,
+  draw: _epoch.Draw | None = None,
   reset_optimizer: bool = False,
   devices: Sequence[jax.Device] | int | None = None,
   checkpoints: Checkpoints | None = None,
@@ -146,6 +147,8 @@ def train(
       None for all.
     transform: `transform(key, example) -> example`, augmentation on the
       device.
+    draw: `draw(key, step)`, random numbers of a step, for `Context.drawn`;
+      `key` is the run's. Drawn for a whole epoch at once.
     reset_optimizer: start every epoch with a fresh optimizer state.
     devices: as in `resolve_devices`; those of `data` if it is `Replicated`.
     checkpoints: where the state is kept. A run that finds one there goes on
@@ -200,6 +203,7 @@ def train(
     plan,
     chosen,
     transform,
+    draw,
     reset_optimizer,
   )
   done = len(history)
@@ -259,7 +263,7 @@ def context_loss(loss_fn: Callable[..., Any]) -> _epoch.ContextLoss:
 
   def loss(params: PyTree, context: _state.Context) -> Any:
     whole = tree_lib.combine(params, context.frozen)
-    return loss_fn(whole, context.batch, context.step_key())
+    return loss_fn(whole, context.batch, context.key)
 
   return loss
 

@@ -33,15 +33,11 @@ class Context(NamedTuple):
   Attributes:
     frozen: leaves that are not trained (the ends of a curve, say).
     batch: this device's share of the batch; leaves `[examples, ...]`.
-    key: PRNG key of the whole run, the same on every device.
-    step: int32 scalar, number of this step, from 0.
+    key: PRNG key of this step, the same on every device.
+    drawn: what the run's `draw` function drew for this step.
   """
 
   frozen: PyTree
   batch: PyTree
   key: jax.Array
-  step: jax.Array
-
-  def step_key(self) -> jax.Array:
-    """Returns the PRNG key of this step, the same on every device."""
-    return jax.random.fold_in(self.key, self.step)
+  drawn: PyTree
