@@ -31,7 +31,8 @@ def _fit(**options):
     "key": jax.random.key(0),
     "epochs": 150,
     "batch_size": 4,
-    "learning_rate": 0.2,
+    # Small: the bend averages over some hundred draws of t.
+    "learning_rate": 0.03,
     "final_learning_rate": 0.001,
     "weight_decay": 0.0,
   }
@@ -75,20 +76,20 @@ class ClosedFormTest(parameterized.TestCase):
     # Uniform t: E[b1] = 1/3, E[b0 b1] = E[b1 b2] = 1/10, E[b1^2] = 2/15.
     want = (_TARGET / 3 - (_W1 + _W2) / 10) / (2 / 15 + 0.1)
     bend = _fit(weight_decay=0.1, momentum=0.5).curve.point(1)["w"]
-    np.testing.assert_allclose(bend, want, atol=0.05)
+    np.testing.assert_allclose(bend, want, atol=0.1)
 
   def test_weight_decay_on_phi(self):
     # (1 + d) E[b1 phi] = E[b1] c.
     want = (_TARGET / 3 / 1.5 - (_W1 + _W2) / 10) / (2 / 15)
     result = _fit(phi_weight_decay=0.5, momentum=0.5)
-    np.testing.assert_allclose(result.curve.point(1)["w"], want, atol=0.06)
+    np.testing.assert_allclose(result.curve.point(1)["w"], want, atol=0.1)
 
   def test_chain(self):
     # Uniform t: E[h1] = 1/2, E[h0 h1] = E[h1 h2] = 1/12, E[h1^2] = 1/3.
     want = (_TARGET / 2 - (_W1 + _W2) / 12) / (1 / 3)
     result = _fit(kind="polychain", momentum=0.5, t_sampling="stratified")
     self.assertIsInstance(result.curve, curves.PolyChain)
-    np.testing.assert_allclose(result.curve.point(1)["w"], want, atol=0.05)
+    np.testing.assert_allclose(result.curve.point(1)["w"], want, atol=0.1)
 
 
 class OptionsTest(parameterized.TestCase):
