@@ -11,6 +11,10 @@ from absl import app, flags, logging
 def _fail(error: BaseException) -> None:
   """Prints one line and exits with status 2."""
   text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+  if "Traceback" in text:
+    # config_flags puts the whole traceback of a configuration file into the
+    # message; its last line is the error.
+    text = text.strip().splitlines()[-1].partition(": ")[2] or text
   print(f"error: {' '.join(text.split())}", file=sys.stderr)
   sys.exit(2)
 

@@ -178,8 +178,12 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
   if not results["paths"]:
     return
   figure, both = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+  judged = "held-out" if config["holdout"] else "test"
   for axes, metric, label in zip(
-    both, ("loss", "accuracy"), ("test loss", "test accuracy %"), strict=True
+    both,
+    ("loss", "accuracy"),
+    (f"{judged} loss", f"{judged} accuracy %"),
+    strict=True,
   ):
     for name, style in (("curve", "-"), ("line", "--")):
       path = results["paths"][name]
@@ -191,6 +195,9 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     axes.set_ylabel(label)
   both[0].set_yscale("log")
   both[0].legend()
-  figure.suptitle(f"{title}: from A (t = 0) to B (t = 1)")
+  start = "AVG" if config["recipe"] == "paper" else "A"
+  figure.suptitle(
+    f"{title}, seed {config['seeds'][0]}: from {start} (t = 0) to B (t = 1)"
+  )
   _save(figure, workdir / "curve.png")
   pyplot.close(figure)

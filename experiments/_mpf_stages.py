@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from experiments import _mpf_study, _workdir
 from jaxmerge import alignment, checkpoints, curves, merging, training
@@ -279,7 +278,7 @@ def run_stage(
   with checkpoints.Store(workdir / "networks" / name, max_to_keep=1) as done:
     found = done.restore(_like(name, study))
     if found is not None:
-      logging.info("%s: done before.", name)
+      shutil.rmtree(workdir / "training" / name, ignore_errors=True)
       return jax.tree.map(jnp.asarray, found[1]), found[2]
     log = _workdir.MetricsLog(workdir)
     log.begin(name)

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from experiments.configs import mpf as mpf_config
+from jaxmerge import curves, models, training
 from jaxmerge import data as data_lib
-from jaxmerge import models, training
 
 PyTree = Any
 
@@ -81,21 +81,56 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"Unknown {name} {config[name]!r}. Choose one of {', '.join(known)}."
       )
-  unknown = sorted(set(config.rows) - set(mpf_config.ROWS))
+  if (config.recipe == "paper") != config.base.reset_optimizer:
+    raise ValueError(
+      f"recipe is {config.recipe!r}, but the other fields are not of that "
+      "recipe. Choose it by the variant: mnist-mlpnet-paper."
+    )
+  unknown = sorted(map(str, set(config.rows) - set(mpf_config.ROWS)))
   if unknown or not config.rows:
     raise ValueError(
       f"rows names {', '.join(unknown) or 'nothing'}. Choose from "
       f"{', '.join(mpf_config.ROWS)}."
     )
-  if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-    raise ValueError(f"seeds must be distinct integers, got {config.seeds}.")
+  if (
+    not config.seeds
+    or len(set(config.seeds)) != len(config.seeds)
+    or not all(isinstance(seed, int) for seed in config.seeds)
+    or not all(0 <= seed < 2**31 for seed in config.seeds)
+  ):
+    raise ValueError(
+      "seeds must be distinct integers from 0 to 2**31 - 1, got "
+      f"{config.seeds}."
+    )
   if not 0 < config.fraction < 1:
     raise ValueError(f"fraction must lie in (0, 1), got {config.fraction}.")
   if not 0 <= config.holdout < 1:
     raise ValueError(f"holdout must lie in [0, 1), got {config.holdout}.")
-  for name in ("checkpoint_every", "profile_points"):
-    if config[name] < 1:
-      raise ValueError(f"{name} must be at least 1, got {config[name]}.")
+  for name, least in (("checkpoint_every", 1), ("profile_points", 2)):
+    if config[name] < least:
+      raise ValueError(f"{name} must be at least {least}, got {config[name]}.")
+  # Every setting that a later stage would refuse is refused now.
+  curve = config.curve
+  curves.check_options(
+    curve.kind, curve.num_points, curve.t_sampling, curve.concentration
+  )
+  if curve.init not in ("line", "random", "network"):
+    raise ValueError(
+      f"Unknown curve.init {curve.init!r}. Choose one of line, network, random."
+    )
+  for settings, epochs in (
+    (config.base, config.base.epochs),
+    (curve, curve.epochs),
+    (config.finetune, curve.epochs),
+  ):
+    training.sgd(
+      settings.learning_rate,
+      settings.final_learning_rate,
+      epochs,
+      1,
+      momentum=settings.momentum,
+      weight_decay=settings.weight_decay,
+    )
   if config.crop_padding < 0:
     raise ValueError("crop_padding must not be negative.")
 
@@ -188,7 +223,9 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   sizes["test"] = len(test_labels)
 
   mean, std = data_lib.normalization(config.dataset, data_dir=data_dir)
-  factor, shift = (1 / (255 * std)), -mean / std
+  # Integer images count 0..255.
+  largest = 255 if np.issubdtype(images.dtype, np.integer) else 1
+  factor, shift = 1 / (largest * std), -mean / std
   model = models.get(
     config.network,
     num_classes=train.num_classes,

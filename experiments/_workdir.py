@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -37,27 +41,43 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+@contextlib.contextmanager
 def open_workdir(
   directory: str | os.PathLike[str], config: ml_collections.ConfigDict
-) -> pathlib.Path:
-  """Makes the folder of a run, or finds it again.
+) -> Iterator[pathlib.Path]:
+  """Makes the folder of a run, or finds it again, and locks it.
 
   Args:
     directory: the folder.
     config: the configuration, kept as config.json.
 
-  Returns:
+  Yields:
     The folder.
 
   Raises:
-    ValueError: the folder holds another configuration, or can't be written.
+    ValueError: the folder holds another configuration, is in use, or can't be
+      written.
   """
   path = pathlib.Path(directory).absolute()
   mine = as_json(config)
   kept = path / "config.json"
   try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("a")
+  except OSError as error:
+    raise ValueError(
+      f"The workdir {path} is not writable ({error.strerror or error}). "
+      "Choose another one with --workdir."
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(
+        f"The workdir {path} is in use by another process."
+      ) from error
     if kept.exists():
-      theirs, ours = _flatten(json.loads(kept.read_text())), _flatten(mine)
+      theirs, ours = _flatten(_read_config(kept)), _flatten(mine)
       differences = [
         f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
         for name in sorted(theirs.keys() | ours.keys())
@@ -70,14 +90,20 @@ def open_workdir(
         )
     else:
       write_json(kept, mine)
-    if not os.access(path, os.W_OK):
-      raise PermissionError("no write permission")
-  except OSError as error:
+    yield path
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    config = json.loads(path.read_text())
+  except ValueError as error:
+    config = error
+  if not isinstance(config, dict):
     raise ValueError(
-      f"The workdir {path} is not writable ({error.strerror or error}). "
-      "Choose another one with --workdir."
-    ) from error
-  return path
+      f"{path} is damaged: it holds no configuration. Restore it, or choose "
+      "another workdir."
+    )
+  return config
 
 
 class MetricsLog:
@@ -91,12 +117,14 @@ class MetricsLog:
     """Drops the lines of a stage that is started or resumed."""
     if not self._path.exists():
       return
-    kept = [
-      line
-      for line in self._path.read_text().splitlines()
-      # A process killed while writing leaves half a line at the end.
-      if line.endswith("}") and json.loads(line)["stage"] != stage
-    ]
+    kept = []
+    for line in self._path.read_text().splitlines():
+      try:
+        if json.loads(line)["stage"] != stage:
+          kept.append(line)
+      except (KeyError, TypeError, ValueError):
+        # A process killed while writing leaves half a line.
+        logging.warning("Dropped a damaged line of %s.", self._path)
     write_text(self._path, "".join(line + "\n" for line in kept))
 
   def add(self, stage: str, record: dict[str, Any]) -> None:

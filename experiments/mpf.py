@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import _cli, _mpf_report, _mpf_stages, _mpf_study, _workdir
@@ -52,24 +52,24 @@ def run(
     ValueError: bad input; one line says what and how to mend it.
     FloatingPointError: a loss became NaN or infinite.
   """
-  _mpf_study.check_config(config)
-  folder = _workdir.open_workdir(workdir, config)
+  # The study first: a bad configuration must leave no workdir behind.
   study = _mpf_study.build(config, data_dir)
-  networks: dict[str, Any] = {}
-  metas: dict[str, Any] = {}
-  for name, stage in _mpf_stages.stages_of(config).items():
-    networks[name], metas[name] = _mpf_stages.run_stage(
-      name, stage, study, networks, folder, progress
+  with _workdir.open_workdir(workdir, config) as folder:
+    networks: dict[str, Any] = {}
+    metas: dict[str, Any] = {}
+    for name, stage in _mpf_stages.stages_of(config).items():
+      networks[name], metas[name] = _mpf_stages.run_stage(
+        name, stage, study, networks, folder, progress
+      )
+    results = _mpf_report.write_results(
+      study,
+      _mpf_report.evaluate_rows(study, networks),
+      _mpf_report.evaluate_paths(study, networks),
+      metas,
+      folder,
     )
-  results = _mpf_report.write_results(
-    study,
-    _mpf_report.evaluate_rows(study, networks),
-    _mpf_report.evaluate_paths(study, networks),
-    metas,
-    folder,
-  )
-  _workdir.write_text(folder / "table.md", _mpf_report.table(results))
-  _mpf_report.plot(results, folder)
+    _workdir.write_text(folder / "table.md", _mpf_report.table(results))
+    _mpf_report.plot(results, folder)
   return results
 
 
@@ -89,7 +89,7 @@ def require_flags(*names: str) -> None:
 def main(argv: Sequence[str]) -> None:
   """Runs the study that the flags describe, and prints its table."""
   if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
   require_flags("config", "workdir")
   results = run(
     _CONFIG.value, str(_WORKDIR.value), _DATA_DIR.value, _PROGRESS.value

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 
-from experiments import _cli, _mpf_report, _workdir, mpf
+from experiments import _cli, _mpf_report, mpf
 
 # config, workdir, data_dir and progress are the flags of experiments.mpf.
 _GRID = flags.DEFINE_multi_string(
@@ -52,11 +52,20 @@ def parse_grid(
     name, _, values = entry.partition("=")
     try:
       _get(config, name)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f"--grid names no field: {name!r}.") from error
     if not values:
       raise ValueError(f"--grid={entry} must be of the form name=value,value.")
     fields[name] = [_literal(value) for value in values.split(",")]
+    for value in fields[name]:
+      try:
+        ml_collections.ConfigDict(config).update_from_flattened_dict(
+          {name: value}
+        )
+      except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+          f"--grid={entry}: {value!r} does not fit the field."
+        ) from error
   if not fields:
     raise ValueError("--grid is missing: name=value,value,...")
   return fields
@@ -112,7 +121,6 @@ def sweep(
     label = ",".join(f"{name}={value}" for name, value in chosen.items())
     folder = pathlib.Path(workdir) / label
     if shared and first is not None and not folder.exists():
-      _workdir.open_workdir(folder, one)
       for stage in _BASE_STAGES:
         source = first / "networks" / stage
         if source.is_dir():
@@ -134,7 +142,7 @@ def _line(results: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
   """Sweeps as the flags say."""
   if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
   mpf.require_flags("config", "workdir")
   flag = flags.FLAGS
   sweep(

@@ -7,7 +7,8 @@ the corrected recipe (with the controls) and in the published code's. The
 cheapest cells come first. Every finished cell goes into
 experiments/results/table1.json at once, and docs/results/table1.md is made
 from that file; cells that stand there with the same configuration are not run
-again. Killed and started again, it goes on in the middle of a cell.
+again, unless --rerun is given. Killed and started again, it goes on in the
+middle of a cell.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 
 from experiments import _cli, _mpf_report, _paper, _workdir, mpf
 from experiments.configs import mpf as mpf_config
@@ -35,6 +36,9 @@ _RECIPES = flags.DEFINE_list("recipes", ["corrected", "paper"], "Recipes.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds.")
 _RESULTS = flags.DEFINE_string(
   "results", str(_ROOT / "experiments/results/table1.json"), "Results file."
+)
+_RERUN = flags.DEFINE_bool(
+  "rerun", False, "Run the cells that the results file has, too."
 )
 _PAGE = flags.DEFINE_string(
   "page", str(_ROOT / "docs/results/table1.md"), "Page made from it."
@@ -65,16 +69,19 @@ def cells(
   seeds: Sequence[int],
 ) -> dict[str, ml_collections.ConfigDict]:
   """Returns the configuration of every cell, the cheapest first."""
-  pairs = sorted(
-    itertools.product(datasets, nets),
-    key=lambda pair: _COST.get(pair, float("inf")),
-  )
+  for kind, given, known in (
+    ("dataset", datasets, {dataset for dataset, _ in _COST}),
+    ("network", nets, {net for _, net in _COST}),
+    ("recipe", recipes, {"corrected", "paper"}),
+  ):
+    for name in given:
+      if name not in known:
+        raise ValueError(
+          f"Unknown {kind} {name!r}. Choose from {', '.join(sorted(known))}."
+        )
+  pairs = sorted(itertools.product(datasets, nets), key=_COST.__getitem__)
   found = {}
   for (dataset, net), recipe in itertools.product(pairs, recipes):
-    if recipe not in ("corrected", "paper"):
-      raise ValueError(
-        f"Unknown recipe {recipe!r}. Choose one of corrected, paper."
-      )
     suffix = "-paper" if recipe == "paper" else ""
     config = mpf_config.get_config(f"{dataset}-{net}{suffix}")
     config.seeds = tuple(seeds)
@@ -89,6 +96,7 @@ def run_table(
   page: pathlib.Path,
   data_dir: str | None = None,
   progress: bool = True,
+  rerun: bool = False,
 ) -> None:
   """Runs the cells that the results file lacks, and writes the page.
 
@@ -99,20 +107,29 @@ def run_table(
     page: Markdown page made from it.
     data_dir: folder of prepared TFDS sets, None for the default one.
     progress: whether to show progress bars.
+    rerun: run the cells that the file has, too.
 
   Raises:
-    ValueError: bad input.
+    ValueError: bad input, or a cell would be replaced by one of fewer seeds.
     FloatingPointError: a loss became NaN or infinite.
   """
-  kept: dict[str, Any] = {}
-  if results_file.exists():
-    kept = json.loads(results_file.read_text())
+  kept = _read(results_file)
   for name, config in wanted.items():
     have = kept.get(name)
-    if have is not None and have["config"] == _workdir.as_json(config):
+    if have is not None and len(have["config"]["seeds"]) > len(config.seeds):
+      raise ValueError(
+        f"{results_file} has {name} with more seeds. Give --results another "
+        "file."
+      )
+  for name, config in wanted.items():
+    have = kept.get(name)
+    same = have is not None and have["config"] == _workdir.as_json(config)
+    if same and not rerun:
       print(f"{name}: in {results_file.name} already.", flush=True)
       continue
     results = mpf.run(config, str(workdir / name), data_dir, progress)
+    # Read anew: another process may have finished a cell meanwhile.
+    kept = _read(results_file)
     kept[name] = {
       key: results[key]
       for key in (
@@ -132,8 +149,39 @@ def run_table(
     _workdir.write_text(page, render(kept))
 
 
+def _read(results_file: pathlib.Path) -> dict[str, Any]:
+  """The finished cells."""
+  if not results_file.exists():
+    return {}
+  try:
+    kept = json.loads(results_file.read_text())
+    if not all("config" in cell for cell in kept.values()):
+      raise ValueError("a cell lacks its config")
+  except (AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{results_file} is damaged ({error}). Mend or remove it."
+    ) from error
+  return kept
+
+
+def _sorted(kept: dict[str, Any]) -> dict[str, Any]:
+  """The cells in the order of the page."""
+  names = list(_NAMES)
+
+  def place(item: tuple[str, Any]) -> tuple[int, int, str]:
+    config = item[1]["config"]
+    return (
+      names.index(config["dataset"]),
+      names.index(config["network"]),
+      config["recipe"],
+    )
+
+  return dict(sorted(kept.items(), key=place))
+
+
 def render(kept: dict[str, Any]) -> str:
   """Makes the page from the finished cells."""
+  kept = _sorted(kept)
   lines = [
     "# Table 1: Mode Path Fusion of two networks",
     "",
@@ -153,19 +201,23 @@ def render(kept: dict[str, Any]) -> str:
     }
     if not found:
       continue
-    ordered = sorted(
-      found.values(),
-      key=lambda cell: (
-        list(_NAMES).index(cell["config"]["dataset"]),
-        list(_NAMES).index(cell["config"]["network"]),
-      ),
-    )
     lines += ["", f"## {title}"]
     for dataset in ("mnist", "cifar10"):
-      mine = [cell for cell in ordered if cell["config"]["dataset"] == dataset]
+      mine = [
+        cell for cell in found.values() if cell["config"]["dataset"] == dataset
+      ]
       if mine:
         lines += ["", *_block(dataset, mine)]
+  lacking = [
+    f"{dataset}-{net}-{recipe}"
+    for (dataset, net), recipe in itertools.product(
+      _COST, ("corrected", "paper")
+    )
+    if f"{dataset}-{net}-{recipe}" not in kept
+  ]
   lines += ["", "## Runs", "", *_runs(kept)]
+  if lacking:
+    lines += ["", f"Not run yet: {', '.join(lacking)}."]
   return "\n".join(lines) + "\n"
 
 
@@ -177,9 +229,13 @@ def _block(dataset: str, mine: list[dict[str, Any]]) -> list[str]:
     f"| {_NAMES[dataset]} | " + " | ".join(heads) + " |",
     "|---" * (1 + 2 * len(nets)) + "|",
   ]
-  for row in mine[0]["rows"]:
+  # JSON keeps no order of keys.
+  for row in mine[0]["config"]["rows"]:
     entries = [_mpf_report.LABELS[row]]
     for cell, net in zip(mine, nets, strict=True):
+      if row not in cell["rows"]:
+        entries += ["", ""]
+        continue
       accuracy = cell["rows"][row]["accuracy"]
       printed = _paper.table1(dataset, net, row)
       entries.append(_mpf_report.cell(accuracy["mean"], accuracy["std"]))
@@ -206,7 +262,7 @@ def _runs(kept: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   """Runs the table that the flags describe."""
   if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
   mpf.require_flags("workdir")
   flag = flags.FLAGS
   try:
@@ -222,6 +278,7 @@ def main(argv: Sequence[str]) -> None:
     pathlib.Path(_PAGE.value),
     flag.data_dir,
     flag.progress,
+    _RERUN.value,
   )
 
 

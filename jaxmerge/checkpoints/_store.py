@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import shutil
 import zlib
 from typing import Any
 
@@ -141,15 +140,18 @@ class Store:
     for step in reversed(self.steps()):
       try:
         return step, *self._restore_step(step, like)
-      except Exception as error:  # noqa: BLE001  damage shows in many ways
+      except MemoryError:
+        raise
+      except Exception as error:  # Damage shows in many ways.
         logging.warning(
-          "The checkpoint %s is damaged; the one before it is used (%s).",
+          "The checkpoint %s is damaged and set aside; an earlier one is "
+          "used, if there is one (%s).",
           self.directory / str(step),
           str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
         # Set aside, not deleted: it may be whole and `like` wrong.
-        aside = self.directory / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
+        taken = len(list(self.directory.glob(f"damaged-{step}*")))
+        aside = self.directory / f"damaged-{step}{f'.{taken}' * bool(taken)}"
         (self.directory / str(step)).rename(aside)
         self._manager.reload()
     return None

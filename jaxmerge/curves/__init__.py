@@ -6,7 +6,7 @@ from jaxmerge.curves._curve import (
   bernstein_weights,
   hat_weights,
 )
-from jaxmerge.curves._fit_curve import CurveResult, fit_curve
+from jaxmerge.curves._fit_curve import CurveResult, check_options, fit_curve
 from jaxmerge.curves._mpf import MPFInfo, mode_path_fusion
 from jaxmerge.curves._profile import profile
 
@@ -16,6 +16,7 @@ __all__ = [
   "MPFInfo",
   "PolyChain",
   "bernstein_weights",
+  "check_options",
   "fit_curve",
   "hat_weights",
   "mode_path_fusion",

@@ -47,6 +47,8 @@ def _random(
   key: jax.Array, start: PyTree, end: PyTree, num_points: int
 ) -> list[PyTree]:
   """Random inner control points; vectors and scalars stay on the line."""
+  # Training splits the run's key in three: 0, 1, 2 are taken.
+  key = jax.random.fold_in(key, 3)
   points = []
   for index, point in enumerate(_line(start, end, num_points)):
     leaves, treedef = jax.tree.flatten(point)
@@ -59,7 +61,7 @@ def _random(
   return points
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _curve_loss(
   loss_fn: Callable[..., Any],
   kind: str,
@@ -82,6 +84,39 @@ def _curve_loss(
     return losses + phi_weight_decay / 2 * square, metrics
 
   return loss
+
+
+def check_options(
+  kind: str,
+  num_points: int,
+  t_sampling: str,
+  concentration: float,
+  *,
+  train_ends: bool = False,
+) -> None:
+  """Checks options of `fit_curve` before anything is computed.
+
+  Args:
+    kind: see `fit_curve`, as the others.
+    num_points: number of control points.
+    t_sampling: name of the distribution of t.
+    concentration: a of Beta(a, a).
+    train_ends: whether the ends are trained.
+
+  Raises:
+    ValueError: an option is unknown or out of its range.
+
+  >>> check_options("bezier", 3, "uniform", 1.0)
+  """
+  if kind not in _curve.KINDS:
+    raise ValueError(f"Unknown kind {kind!r}. Choose one of bezier, polychain.")
+  least = 2 if train_ends else 3
+  if num_points < least:
+    raise ValueError(
+      f"num_points must be at least {least}, got {num_points}: nothing would "
+      "be trained."
+    )
+  _sampling.get_sampler(t_sampling, concentration)
 
 
 def fit_curve(
@@ -180,14 +215,9 @@ def fit_curve(
   True
   """
   tree_lib.check_match(start, end, names=("start", "end"))
-  if kind not in _curve.KINDS:
-    raise ValueError(f"Unknown kind {kind!r}. Choose one of bezier, polychain.")
-  least = 2 if train_ends else 3
-  if num_points < least:
-    raise ValueError(
-      f"num_points must be at least {least}, got {num_points}: nothing would "
-      "be trained."
-    )
+  check_options(
+    kind, num_points, t_sampling, concentration, train_ends=train_ends
+  )
   draw = _sampling.draw_t(t_sampling, concentration, t_shared)
   as_arrays = functools.partial(jax.tree.map, jnp.asarray)
   start, rest = tree_lib.partition(as_arrays(start))

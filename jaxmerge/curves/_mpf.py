@@ -45,7 +45,7 @@ def _losses(
   return output[0] if isinstance(output, tuple) else output
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _loss_metric(
   loss_fn: Callable[..., Any],
 ) -> Callable[[PyTree, PyTree], jax.Array]:
@@ -92,8 +92,8 @@ def mode_path_fusion(
     key: PRNG key; an array of keys with `seed_axis`.
     t: where on the curve the merged network is taken, in [0, 1].
     grid: number of points at which the loss along the curve is measured.
-    grid_examples: it is measured on at most so many examples of the data,
-      evenly spaced over them.
+    grid_examples: it is measured on at most so many of the examples that
+      the curve is fitted on (the first seed's), evenly spaced over them.
     seed_axis: everything has a leading axis of seeds, see `fit_curve`.
     **options: the options of `fit_curve`: number and initialisation of the
       control points, sampling of t, optimizer, epochs, batch size, devices.
@@ -139,10 +139,13 @@ def mode_path_fusion(
     loss_fn, start, end, data, key=key, seed_axis=seed_axis, **options
   )
   seconds = time.perf_counter() - begin
-  total = jax.tree.leaves(data.value)[0].shape[1]
-  rows = np.unique(
-    np.linspace(0, total - 1, min(total, grid_examples)).astype(np.int32)
-  )
+  known = options.get("indices")
+  if known is None:
+    known = np.arange(jax.tree.leaves(data.value)[0].shape[1])
+  # Seeds that train on different rows are judged on the first one's.
+  known = np.atleast_2d(np.asarray(known))[0]
+  places = np.linspace(0, len(known) - 1, min(len(known), grid_examples))
+  rows = known[np.unique(places.astype(np.int32))]
   ts, losses = _profile.profile(
     _loss_metric(loss_fn),
     result.curve,

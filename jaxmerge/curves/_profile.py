@@ -15,7 +15,7 @@ from jaxmerge import training
 PyTree = Any
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _along(
   metric_fn: Callable[[PyTree, PyTree], PyTree], grid: tuple[float, ...]
 ) -> Callable[[Any, PyTree], PyTree]:

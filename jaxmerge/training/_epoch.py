@@ -146,7 +146,8 @@ def run_step(
 
   my_rows = mine(rows)
   batch = jax.tree.map(lambda leaf: leaf[my_rows], data)
-  context = _state.Context(frozen, batch, key, drawn)
+  # 0 for the loss, 1 for the augmentation: neither meets the other's keys.
+  context = _state.Context(frozen, batch, jax.random.fold_in(key, 0), drawn)
   if transform is not None:
     # One key an example of the global batch: the same augmentation whatever
     # the number of devices.
@@ -160,6 +161,10 @@ def run_step(
   def mean_loss(params: PyTree) -> tuple[jax.Array, Metrics]:
     output = loss_fn(params, context)
     losses, metrics = output if isinstance(output, tuple) else (output, {})
+    if "loss" in metrics:
+      raise ValueError(
+        'A metric must not be named "loss": choose another name.'
+      )
     reduce = functools.partial(_weighted_mean, weights=weights, share=scale)
     loss = reduce(losses)
     return loss, {"loss": loss, **jax.tree.map(reduce, metrics)}
@@ -248,7 +253,7 @@ def run_epoch(
   return state, metrics
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def compile_epoch(
   loss_fn: ContextLoss,
   optimizer: optax.GradientTransformation,

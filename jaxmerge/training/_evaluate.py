@@ -15,7 +15,7 @@ from jaxmerge.training import _devices, _state
 PyTree = Any
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _compile(
   metric_fn: Callable[[PyTree, PyTree], PyTree],
   devices: tuple[jax.Device, ...],
@@ -34,6 +34,9 @@ def _compile(
 
       def masked(values: jax.Array) -> jax.Array:
         mask = real.reshape(real.shape + (1,) * (values.ndim - 1))
+        # A half type would lose the sum of many examples.
+        if values.dtype.itemsize < 4:
+          values = values.astype(jnp.float32)
         return jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=0)
 
       return jax.tree.map(masked, metric_fn(params, batch))
@@ -77,7 +80,7 @@ def evaluate(
     The pytree of means, NumPy arrays; with `seed_axis` they have that axis.
 
   Raises:
-    ValueError: there is no example to evaluate.
+    ValueError: there is no example to evaluate, or an index is out of range.
 
   >>> data = {"x": np.arange(5, dtype=np.float32)}
   >>> means = evaluate(lambda p, batch: p * batch["x"], jnp.float32(2), data)
@@ -86,11 +89,16 @@ def evaluate(
   """
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, devices)
-  if indices is None:
-    indices = np.arange(jax.tree.leaves(data.value)[0].shape[1])
-  indices = np.asarray(indices, np.int32)
+  total = jax.tree.leaves(data.value)[0].shape[1]
+  indices = np.asarray(np.arange(total) if indices is None else indices)
   if not indices.size:
     raise ValueError("There is no example to evaluate on.")
+  if not 0 <= indices.min() <= indices.max() < total:
+    raise ValueError(
+      f"indices must lie in [0, {total}), got {indices.min()} to "
+      f"{indices.max()}."
+    )
+  indices = indices.astype(np.int32)
   if not seed_axis:
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
   count = len(data.devices)

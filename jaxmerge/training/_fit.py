@@ -62,6 +62,12 @@ def _num_examples(data: PyTree, axis: int) -> int:
   return sizes.pop()
 
 
+def _key_data(keys: jax.Array) -> jax.Array:
+  if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+    return jax.random.key_data(keys)
+  return keys
+
+
 def _check_finite(
   losses: np.ndarray, first_step: int, optimizer: _optimizers.Optimizer
 ) -> None:
@@ -165,8 +171,11 @@ def train(
     ValueError: sizes that do not fit; nothing has been computed then.
     NonFiniteLossError: a loss became NaN or infinite.
   """
-  if epochs < 1:
-    raise ValueError(f"epochs must be at least 1, got {epochs}.")
+  if epochs < 1 or checkpoint_every < 1:
+    raise ValueError(
+      "epochs and checkpoint_every must be at least 1, got "
+      f"{epochs} and {checkpoint_every}."
+    )
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, devices)
   chosen = data.devices
@@ -192,11 +201,22 @@ def train(
   opt_state = jax.vmap(optimizer.transformation.init)(params)
   state = _state.TrainState(params, opt_state, jnp.zeros(seeds, jnp.int32))
   history: list[Record] = []
+  identity = {
+    "examples": plan.examples,
+    "batch_size": batch_size,
+    "keys": jax.device_get(_key_data(keys)).tolist(),
+  }
   if checkpoints is not None:
     found = checkpoints.restore(state)
     if found is not None:
       _, state, metadata = found
       history = metadata["history"]
+      if metadata["run"] != identity or len(history) > epochs:
+        raise ValueError(
+          f"The checkpoints are of another run: {metadata['run']} with "
+          f"{len(history)} epochs done, not {identity} with {epochs} epochs. "
+          "Choose another folder."
+        )
   run = _epoch.compile_epoch(
     loss_fn,
     optimizer.transformation,
@@ -235,7 +255,11 @@ def train(
       ):
         # A copy: the next epoch reuses the buffers of the donated state.
         copy = jax.tree.map(np.array, _devices.first_replica(state))
-        checkpoints.save(history[-1]["step"], copy, {"history": list(history)})
+        checkpoints.save(
+          history[-1]["step"],
+          copy,
+          {"history": list(history), "run": identity},
+        )
       if on_epoch is not None:
         on_epoch(history[-1])
       bar.set_postfix(
@@ -253,7 +277,7 @@ def train(
   return TrainResult(params, epochs * plan.steps, history)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def context_loss(loss_fn: Callable[..., Any]) -> _epoch.ContextLoss:
   """Adapts `loss_fn(params, batch, key)` to the low layer's contract.
 

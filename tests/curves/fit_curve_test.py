@@ -346,6 +346,23 @@ class FusionTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(merged["w"], info.curve(0.25)["w"])
 
+  def test_loss_is_measured_on_the_rows_of_the_fit(self):
+    data = {"x": np.repeat(np.float32([1, 50]), 32)}
+    _, info = curves.mode_path_fusion(
+      _quadratic,
+      {"w": _W1},
+      {"w": _W2},
+      data,
+      key=jax.random.key(0),
+      indices=np.arange(32)[None],
+      epochs=1,
+      batch_size=8,
+    )
+    distance = _W1 - _TARGET
+    np.testing.assert_allclose(
+      info.losses[0], 0.5 * distance @ distance, rtol=1e-5
+    )
+
   def test_scalar_loss(self):
     """The losses along the curve of a mean are those of its parts."""
     options = {"key": jax.random.key(0), "epochs": 2, "batch_size": 8}

@@ -265,6 +265,18 @@ class ResumeTest(_Workdir):
 class BadInputTest(_Workdir):
   @parameterized.parameters(
     ({"network": "resnet"}, "Unknown network 'resnet'.*mlpnet"),
+    ({"recipe": "paper"}, "Choose it by the variant"),
+    ({"rows": (1, 2)}, "rows names 1, 2"),
+    ({"seeds": ("a",)}, "seeds must be distinct integers"),
+    ({"seeds": (10**30,)}, "seeds must be distinct integers"),
+    ({"profile_points": 1}, "profile_points must be at least 2"),
+    ({"curve.kind": "spline"}, "Unknown kind 'spline'"),
+    ({"curve.init": "zero"}, "Unknown curve.init 'zero'"),
+    ({"curve.t_sampling": "normal"}, "Unknown t_sampling 'normal'"),
+    ({"curve.num_points": 2}, "num_points must be at least 3"),
+    ({"curve.learning_rate": 0.0}, "must be positive"),
+    ({"finetune.momentum": 1.0}, "momentum must lie in"),
+    ({"base.epochs": 0}, "must be at least 1"),
     ({"recipe": "secret"}, "Unknown recipe 'secret'.*corrected, paper"),
     ({"split": "none"}, "Unknown split 'none'"),
     ({"rows": ("magic",)}, "rows names magic"),
@@ -287,7 +299,8 @@ class BadInputTest(_Workdir):
     with self.assertRaisesRegex(ValueError, message) as caught:
       mpf.run(config, self.folder / "run", progress=False)
     self.assertNotIn("\n", str(caught.exception))
-    self.assertFalse((self.folder / "run" / "networks").exists())
+    # Nothing is left that would refuse the corrected configuration.
+    self.assertFalse((self.folder / "run").exists())
 
   @parameterized.parameters("digits", "digits-mlpnet-fast", "a-b-c-d")
   def test_variant(self, variant):
@@ -310,6 +323,18 @@ class BadInputTest(_Workdir):
     with self.assertRaisesRegex(ValueError, "is not writable.*--workdir"):
       mpf.run(_config(), self.folder / "file" / "run", progress=False)
 
+  def test_workdir_in_use(self):
+    with _workdir.open_workdir(self.folder / "run", _config()):
+      with self.assertRaisesRegex(ValueError, "in use by another process"):
+        mpf.run(_config(), self.folder / "run", progress=False)
+
+  @parameterized.parameters("", "{", "[1, 2]")
+  def test_damaged_config(self, text):
+    (self.folder / "config.json").write_text(text)
+    with self.assertRaisesRegex(ValueError, "config.json is damaged"):
+      with _workdir.open_workdir(self.folder, _config()):
+        pass
+
   def test_nan(self):
     config = _config(
       **{"base.learning_rate": 1e20, "base.final_learning_rate": 1e20}
@@ -324,6 +349,8 @@ class BadInputTest(_Workdir):
     for arguments, message in (
       ((f"--config={_CONFIG}digits-mlpnet", "--config.colour=1"), "colour"),
       ((f"--config={_CONFIG}digits-mlpnet",), "--workdir is missing"),
+      ((f"--config={_CONFIG}digits-mlpnet-quick",), "error: Unknown variant"),
+      (("surplus",), "Unknown arguments: surplus"),
     ):
       run = subprocess.run(
         _command(*arguments),

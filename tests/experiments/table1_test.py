@@ -28,19 +28,24 @@ class CellsTest(absltest.TestCase):
       ],
     )
 
-  def test_unknown_recipe(self):
-    with self.assertRaisesRegex(ValueError, "Unknown recipe 'secret'"):
-      table1.cells(["mnist"], ["mlpnet"], ["secret"], [0])
+  def test_unknown(self):
+    for arguments, message in (
+      ((["mnist"], ["mlpnet"], ["secret"]), "Unknown recipe 'secret'"),
+      ((["digits"], ["mlpnet"], ["paper"]), "Unknown dataset 'digits'"),
+      ((["mnist"], ["resnet"], ["paper"]), "Unknown network 'resnet'"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        table1.cells(*arguments, [0])
 
 
 def _result(config):
-  names = ("model_a", "mpf")
   accuracy = {"seeds": [90.0, 92.0], "mean": 91.0, "std": 1.41}
   return {
     "config": json.loads(config.to_json()),
     "sizes": {"a": 1, "b": 2, "joint": 3, "test": 4},
     "rows": {
-      name: {"accuracy": accuracy, "loss": {"mean": 0.1}} for name in names
+      name: {"accuracy": accuracy, "loss": {"mean": 0.1}}
+      for name in config.rows
     },
     "steps": {},
     "versions": {"jax": "0", "jaxmerge": "0"},
@@ -70,9 +75,30 @@ class TableTest(absltest.TestCase):
         again = table1.cells(["mnist"], ["mlpnet"], ["paper"], [0, 1])
         table1.run_table(again, *arguments)
         self.assertEqual(run.call_count, 3)
+        table1.run_table(again, *arguments, rerun=True)
+        self.assertEqual(run.call_count, 4)
+        with self.assertRaisesRegex(ValueError, "with more seeds"):
+          table1.run_table(wanted, *arguments)
       page = (folder / "page.md").read_text()
     self.assertIn("| MPF | 91.00 ± 1.41 | 97.32 ± 0.07 |", page)
     self.assertIn("| mnist-mlpnet-paper | 2 | 1.0 min |", page)
+
+  def test_page_does_not_depend_on_the_order_in_the_file(self):
+    wanted = table1.cells(
+      ["mnist"], ["mlpnet", "mlphuge"], ["corrected", "paper"], [0]
+    )
+    kept = {name: _result(config) for name, config in wanted.items()}
+    again = json.loads(json.dumps(kept, sort_keys=True))
+    self.assertEqual(table1.render(kept), table1.render(again))
+    self.assertIn("Not run yet: mnist-mlplarge-corrected", table1.render(kept))
+
+  def test_damaged_results(self):
+    for text in ("{", "[]", '{"cell": 3}'):
+      with tempfile.TemporaryDirectory() as name:
+        file = pathlib.Path(name) / "table.json"
+        file.write_text(text)
+        with self.assertRaisesRegex(ValueError, "table.json is damaged"):
+          table1.run_table({}, pathlib.Path(name), file, file)
 
 
 class SweepTest(absltest.TestCase):
@@ -100,6 +126,9 @@ class SweepTest(absltest.TestCase):
       (["colour=1"], "names no field: 'colour'"),
       (["curve.colour=1"], "names no field"),
       (["fraction"], "must be of the form"),
+      (["curve=1"], "does not fit the field"),
+      (["curve.learning_rate=abc"], "does not fit the field"),
+      (["curve.learning_rate.x=1"], "names no field"),
     ):
       with self.assertRaisesRegex(ValueError, message):
         sweep.parse_grid(grid, config)

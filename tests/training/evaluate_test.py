@@ -57,6 +57,23 @@ class EvaluateTest(parameterized.TestCase):
     )
     self.assertEqual(means, 1.0)
 
+  def test_half_types_are_summed_in_float32(self):
+    mean = training.evaluate(
+      lambda params, batch: (params * batch["x"]).astype(jnp.float16),
+      jnp.float32(100),
+      {"x": np.ones(3000, np.float32)},
+    )
+    self.assertEqual(mean, 100.0)
+
+  def test_index_out_of_range(self):
+    with self.assertRaisesRegex(ValueError, r"must lie in \[0, 3\), got -1"):
+      training.evaluate(
+        _metric,
+        {"w": jnp.float32(1)},
+        {"x": np.zeros(3, np.float32)},
+        indices=[-1, 2],
+      )
+
   def test_nothing_to_evaluate(self):
     with self.assertRaisesRegex(ValueError, "no example"):
       training.evaluate(

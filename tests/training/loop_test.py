@@ -388,6 +388,12 @@ class ResumeTest(parameterized.TestCase):
       [record["loss"] for record in whole.history],
     )
 
+  def test_checkpoints_of_another_run(self):
+    with tempfile.TemporaryDirectory() as folder:
+      self._fit(folder, epochs=4)
+      with self.assertRaisesRegex(ValueError, "are of another run"):
+        self._fit(folder, epochs=2)
+
   def test_nan_keeps_the_last_good_checkpoint(self):
     # Momentum and a growing loss: finite at first, then not.
     optimizer = training.Optimizer(optax.sgd(1e8), lambda step: 1e8)
@@ -422,6 +428,7 @@ class ResumeTest(parameterized.TestCase):
 class ErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"epochs": 0}, "must be at least 1"),
+    ({"checkpoint_every": 0}, "must be at least 1"),
     ({"batch_size": 41}, "larger than the data"),
     ({"batch_size": 6, "devices": 4}, "not divisible"),
     ({"indices": [[0, 40]]}, r"must lie in \[0, 40\)"),
@@ -439,6 +446,16 @@ class ErrorsTest(parameterized.TestCase):
     data = {"x": np.zeros((3, 5), np.float32), "y": np.zeros(4, np.float32)}
     with self.assertRaisesRegex(ValueError, "same number of examples"):
       training.fit(_loss, _params(), data, key=jax.random.key(0))
+
+  def test_metric_named_loss(self):
+    with self.assertRaisesRegex(ValueError, 'must not be named "loss"'):
+      training.fit(
+        lambda *args: (_loss(*args), {"loss": _loss(*args)}),
+        _params(),
+        _data(),
+        key=jax.random.key(0),
+        batch_size=8,
+      )
 
   def test_metric_of_wrong_shape(self):
     with self.assertRaisesRegex(ValueError, r"got shape \(8, 5\)"):
