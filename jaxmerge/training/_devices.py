@@ -79,6 +79,9 @@ def replicate(
   Returns:
     The pytree on the devices, to be handed to `fit` or `evaluate`.
 
+  Raises:
+    ValueError: fewer devices are there than were asked for.
+
   >>> replicate({"x": np.zeros(3)}, 1).value["x"].shape
   (1, 3)
   """
@@ -111,6 +114,9 @@ def first_replica(tree: PyTree) -> PyTree:
 
   Returns:
     A pytree of NumPy arrays without that axis.
+
+  >>> first_replica(replicate({"x": np.zeros(3)}, 1).value)["x"].shape
+  (3,)
   """
   return jax.tree.map(
     lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], tree

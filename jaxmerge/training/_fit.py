@@ -149,8 +149,8 @@ def train(
       last, partial batch of an epoch is used.
     keys: PRNG keys, one a seed.
     frozen: leaves with a leading axis of seeds that are not trained.
-    indices: int32 `[seeds, n]`, the rows of `data` that each seed trains on;
-      None for all.
+    indices: int32 `[seeds, n]`, the rows of `data` that each seed trains on
+      (one seed: `[1, n]`); None for all.
     transform: `transform(key, example) -> example`, augmentation on the
       device.
     draw: `draw(key, step)`, random numbers of a step, for `Context.drawn`;
@@ -170,6 +170,21 @@ def train(
   Raises:
     ValueError: sizes that do not fit; nothing has been computed then.
     NonFiniteLossError: a loss became NaN or infinite.
+
+  >>> def loss_fn(params, context):
+  ...   return (params - context.frozen) ** 2 * context.batch
+  >>> result = train(
+  ...   loss_fn,
+  ...   jnp.zeros(2),
+  ...   np.ones(8, np.float32),
+  ...   frozen=jnp.array([1.0, 2.0]),
+  ...   epochs=50,
+  ...   batch_size=8,
+  ...   optimizer=_optimizers.sgd(0.1, 0.1, 50, 1, momentum=0.0),
+  ...   keys=jax.random.split(jax.random.key(0)),
+  ... )
+  >>> [round(value, 1) for value in result.params.tolist()]
+  [1.0, 2.0]
   """
   if epochs < 1 or checkpoint_every < 1:
     raise ValueError(
@@ -394,7 +409,29 @@ def default_sgd(
   momentum: float,
   weight_decay: float,
 ) -> _optimizers.Optimizer:
-  """`sgd` with the schedule over all the steps of a run."""
+  """Makes `sgd` with the schedule over all the steps of a run.
+
+  Args:
+    data: the data on the devices.
+    indices: int32 `[seeds, n]`, the rows that are trained on; None for all.
+    batch_size: global batch size.
+    epochs: number of epochs.
+    learning_rate: initial learning rate.
+    final_learning_rate: learning rate at the end.
+    momentum: momentum.
+    weight_decay: weight decay.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: a value is out of its range.
+
+  >>> data = _devices.replicate(np.zeros(10), 1)
+  >>> optimizer = default_sgd(data, None, 4, 10, 0.1, 0.0, 0.9, 0.0)
+  >>> float(optimizer.learning_rate(27))  # of 10 epochs of 3 steps
+  0.0
+  """
   examples = (
     _num_examples(data.value, axis=1)
     if indices is None
