@@ -6,8 +6,13 @@
 The variant is `<dataset>-<net>[-paper|-smoke]`: `dataset` is `digits` (comes
 with scikit-learn) or any TFDS image classification set (mnist, cifar10,
 fashion_mnist, ...), `net` is mlpnet, mlplarge or mlphuge. `paper` is the
-published code's recipe, `smoke` a run of seconds. Expected figures and times
-stand in README.md and docs/results/table1.md.
+published code's recipe, `smoke` a run of seconds.
+
+Expected, on two cores (the row MPF, test accuracy in per cent):
+  digits-mlpnet          98.2 ± 0.3, three seeds, under a minute
+  mnist-mlpnet           98.1 ± 0.1, five seeds, 11 minutes
+  mnist-mlpnet-paper     97.5 ± 0.2, five seeds, 5 minutes
+  cifar10-mlpnet         55.3 ± 0.3, five seeds, 25 minutes
 """
 
 from __future__ import annotations
