@@ -127,7 +127,7 @@ class RunTest(_Workdir):
 
   def _check_another_config(self):
     with self.assertRaisesRegex(
-      ValueError, "batch_size is 32 there and 16 here. Choose another workdir"
+      ValueError, "batch_size is 64 there and 16 here. Choose another workdir"
     ):
       mpf.run(_config(batch_size=16), self.folder / "run", progress=False)
 
