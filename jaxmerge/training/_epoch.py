@@ -253,6 +253,23 @@ def run_epoch(
   return state, metrics
 
 
+# On a CPU XLA hands matrix products to YNNPACK, which at the sizes of small
+# networks takes longer than XLA's own: BUILD_NOTES.md, "Speed".
+_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+
+def _compile(
+  lowered: jax.stages.Lowered, device: jax.Device
+) -> jax.stages.Compiled:
+  """Compiles with the options that XLA's release knows."""
+  try:
+    return lowered.compile(_OPTIONS.get(device.platform))
+  except jax.errors.JaxRuntimeError as error:
+    if "No such compile option" not in str(error):
+      raise
+    return lowered.compile()
+
+
 @functools.lru_cache(maxsize=16)
 def compile_epoch(
   loss_fn: ContextLoss,
@@ -287,10 +304,37 @@ def compile_epoch(
   one = functools.partial(
     run_epoch, loss_fn, optimizer, transform, draw, plan, reset_optimizer
   )
-  seeds = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
-  return jax.pmap(
+
+  def seeds(
+    state: _state.TrainState,
+    frozen: PyTree,
+    indices: jax.Array,
+    key: jax.Array,
+    data: PyTree,
+  ) -> tuple[_state.TrainState, Metrics]:
+    if devices[0].platform == "cpu":
+      # One seed after the other: a core gains nothing from a batch of small
+      # networks, and XLA lays out unbatched products better.
+      return jax.lax.map(
+        lambda seed: one(*seed, data), (state, frozen, indices, key)
+      )
+    return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(
+      state, frozen, indices, key, data
+    )
+
+  mapped = jax.pmap(
     seeds,
     axis_name=_state.DEVICE_AXIS,
     devices=devices,
     donate_argnums=0,
   )
+  executables: dict[Any, Callable[..., tuple[_state.TrainState, Metrics]]] = {}
+
+  def epoch(*args: PyTree) -> tuple[_state.TrainState, Metrics]:
+    leaves, treedef = jax.tree.flatten(args)
+    signature = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    if signature not in executables:
+      executables[signature] = _compile(mapped.lower(*args), devices[0])
+    return executables[signature](*args)
+
+  return epoch
