@@ -253,9 +253,15 @@ def run_epoch(
   return state, metrics
 
 
+# Where seeds follow each other: a core gains nothing from a batch of small
+# networks, and XLA lays out products without a batch axis better.
+_IN_TURN = frozenset({"cpu"})
+
 # On a CPU XLA hands matrix products to YNNPACK, which at the sizes of small
 # networks takes longer than XLA's own: BUILD_NOTES.md, "Speed".
-_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+_OPTIONS: dict[str, dict[str, str | bool]] = {
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}
+}
 
 
 def _compile(
@@ -301,26 +307,29 @@ def compile_epoch(
     leaf has a leading axis of devices and, but for those of `data`, a second
     one of seeds. `state` is donated. Metrics are per step.
   """
-  one = functools.partial(
-    run_epoch, loss_fn, optimizer, transform, draw, plan, reset_optimizer
-  )
 
   def seeds(
     state: _state.TrainState,
     frozen: PyTree,
     indices: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     data: PyTree,
   ) -> tuple[_state.TrainState, Metrics]:
-    if devices[0].platform == "cpu":
-      # One seed after the other: a core gains nothing from a batch of small
-      # networks, and XLA lays out unbatched products better.
-      return jax.lax.map(
-        lambda seed: one(*seed, data), (state, frozen, indices, key)
-      )
-    return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(
-      state, frozen, indices, key, data
+    one = functools.partial(
+      run_epoch,
+      loss_fn,
+      optimizer,
+      transform,
+      draw,
+      plan,
+      reset_optimizer,
+      data=data,
     )
+    if devices[0].platform in _IN_TURN:
+      return jax.lax.map(
+        lambda seed: one(*seed), (state, frozen, indices, keys)
+      )
+    return jax.vmap(one)(state, frozen, indices, keys)
 
   mapped = jax.pmap(
     seeds,

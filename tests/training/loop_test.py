@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from unittest import mock
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import optax
 from absl.testing import absltest, parameterized
 
 from jaxmerge import checkpoints, training
+from jaxmerge.training import _epoch
 
 
 def _data(examples=40, features=5, seed=0):
@@ -238,6 +240,33 @@ class EpochTest(parameterized.TestCase):
         together.params["w"][seed], alone.params["w"], rtol=1e-5, atol=1e-6
       )
 
+  @parameterized.parameters(1, 4)
+  def test_vmapped_seeds_equal_seeds_in_turn(self, devices):
+    keys = jax.random.split(jax.random.key(5), 3)
+    params = {"w": jax.random.normal(jax.random.key(1), (3, 5))}
+
+    def run():
+      # A function of its own, since equal arguments share a compilation.
+      def loss(params, batch, key):
+        return _loss(params, batch, key)
+
+      return training.fit(
+        loss,
+        params,
+        _data(),
+        key=keys,
+        seed_axis=True,
+        epochs=3,
+        batch_size=8,
+        learning_rate=0.01,
+        devices=devices,
+      ).params
+
+    in_turn = run()
+    with mock.patch.object(_epoch, "_IN_TURN", frozenset()):
+      vmapped = run()
+    chex.assert_trees_all_close(in_turn, vmapped, rtol=1e-5)
+
   def test_devices_agree_after_50_steps(self):
     """50 steps with a partial batch that does not divide over 4 devices."""
 
@@ -313,6 +342,16 @@ class EpochTest(parameterized.TestCase):
 
 
 class CompilationTest(absltest.TestCase):
+  def test_compiles_without_an_unknown_option(self):
+    def loss(params, batch, key):
+      return _loss(params, batch, key)
+
+    with mock.patch.dict(_epoch._OPTIONS, {"cpu": {"xla_no_such": True}}):
+      result = training.fit(
+        loss, _params(), _data(), key=jax.random.key(0), batch_size=8
+      )
+    self.assertEqual(result.steps, 50)
+
   def test_traced_once_and_no_transfer(self):
     """One trace serves all epochs and later runs of the same shape."""
     chex.clear_trace_counter()
