@@ -62,8 +62,7 @@ def evaluate_paths(
   if "mpf" not in networks:
     return {}
   points = jax.tree.map(lambda leaf: leaf[:, 0], networks["mpf"]["points"])
-  kind = {"bezier": curves.BezierCurve, "polychain": curves.PolyChain}
-  curve = kind[study.config.curve.kind](points)
+  curve = curves.get(study.config.curve.kind)(points)
   chord = curves.PolyChain.through(curve.point(0), curve.point(-1))
   paths = {}
   for name, path in (("curve", curve), ("line", chord)):

@@ -124,7 +124,12 @@ def sweep(
       for stage in _BASE_STAGES:
         source = first / "networks" / stage
         if source.is_dir():
-          shutil.copytree(source, folder / "networks" / stage)
+          # Renamed when whole: a half-copied network would be taken for one.
+          whole = folder / "networks" / stage
+          half = folder / f"copying-{stage}"
+          shutil.copytree(source, half)
+          whole.parent.mkdir(exist_ok=True)
+          half.rename(whole)
     first = first or folder
     found.append((chosen, mpf.run(one, str(folder), data_dir, progress)))
     print(f"{label}: {_line(found[-1][1])}", flush=True)

@@ -265,6 +265,10 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
   mpf.require_flags("workdir")
   flag = flags.FLAGS
+  if flag.config is not None:
+    raise ValueError(
+      "--config is not used: choose cells by --datasets, --nets, --recipes."
+    )
   try:
     seeds = [int(seed) for seed in _SEEDS.value]
   except ValueError as error:

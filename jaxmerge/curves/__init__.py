@@ -4,6 +4,7 @@ from jaxmerge.curves._curve import (
   BezierCurve,
   PolyChain,
   bernstein_weights,
+  get,
   hat_weights,
 )
 from jaxmerge.curves._fit_curve import CurveResult, check_options, fit_curve
@@ -18,6 +19,7 @@ __all__ = [
   "bernstein_weights",
   "check_options",
   "fit_curve",
+  "get",
   "hat_weights",
   "mode_path_fusion",
   "profile",

@@ -72,10 +72,8 @@ class _Curve:
 
   points: PyTree
 
-  @staticmethod
-  def weights(t: jax.Array | float, num_points: int) -> jax.Array:
-    """Weights of the control points at `t`."""
-    raise NotImplementedError
+  # Of the control points: `weights(t, num_points)`.
+  weights: ClassVar[Any]
 
   @classmethod
   def through(cls, *points: PyTree) -> Self:
@@ -187,4 +185,29 @@ class PolyChain(_Curve):
   weights: ClassVar = staticmethod(hat_weights)
 
 
-KINDS: dict[str, type[_Curve]] = {"bezier": BezierCurve, "polychain": PolyChain}
+_KINDS: dict[str, type[BezierCurve | PolyChain]] = {
+  "bezier": BezierCurve,
+  "polychain": PolyChain,
+}
+
+
+def get(kind: str) -> type[BezierCurve | PolyChain]:
+  """Returns the class of a kind of curve.
+
+  Args:
+    kind: "bezier" or "polychain".
+
+  Returns:
+    `BezierCurve` or `PolyChain`.
+
+  Raises:
+    ValueError: the kind is unknown.
+
+  >>> get("polychain").__name__
+  'PolyChain'
+  """
+  if kind not in _KINDS:
+    raise ValueError(
+      f"Unknown kind {kind!r}. Choose one of {', '.join(sorted(_KINDS))}."
+    )
+  return _KINDS[kind]

@@ -74,7 +74,7 @@ def _curve_loss(
     points = trained["inner"]
     start, end = trained["ends"] if ends is None else ends
     phi = _curve.evaluate_curve(
-      _curve.KINDS[kind], [start, *points, end], context.drawn
+      _curve.get(kind), [start, *points, end], context.drawn
     )
     output = loss_fn(tree_lib.combine(phi, rest), context.batch, context.key)
     if not phi_weight_decay:
@@ -108,8 +108,7 @@ def check_options(
 
   >>> check_options("bezier", 3, "uniform", 1.0)
   """
-  if kind not in _curve.KINDS:
-    raise ValueError(f"Unknown kind {kind!r}. Choose one of bezier, polychain.")
+  _curve.get(kind)
   least = 2 if train_ends else 3
   if num_points < least:
     raise ValueError(
@@ -222,6 +221,10 @@ def fit_curve(
   as_arrays = functools.partial(jax.tree.map, jnp.asarray)
   start, rest = tree_lib.partition(as_arrays(start))
   end, _ = tree_lib.partition(as_arrays(end))
+  if not jax.tree.leaves(start):
+    raise ValueError(
+      "start has no floating-point leaf: there is nothing to train."
+    )
   inner = _inner_points(init, key, start, end, num_points, seed_axis)
   if not seed_axis:
     add_axis = functools.partial(jax.tree.map, lambda leaf: leaf[None])
@@ -264,7 +267,7 @@ def fit_curve(
   ]
   if not seed_axis:
     points = [jax.tree.map(lambda leaf: leaf[0], point) for point in points]
-  curve = _curve.KINDS[kind].through(*points)
+  curve = _curve.get(kind).through(*points)
   return CurveResult(curve, result.steps, result.history)
 
 

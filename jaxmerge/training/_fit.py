@@ -371,6 +371,10 @@ def fit(
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, options.get("devices"))
   trained, frozen = tree_lib.partition(params)
+  if not jax.tree.leaves(trained):
+    raise ValueError(
+      "params has no floating-point leaf: there is nothing to train."
+    )
   if optimizer is None:
     optimizer = default_sgd(
       data,

@@ -105,6 +105,8 @@ class CurveTest(parameterized.TestCase):
       curves.BezierCurve.through({"w": 1.0})
     with self.assertRaisesRegex(tree.TreeMismatchError, "w"):
       curves.BezierCurve.through({"w": jnp.ones(2)}, {"w": jnp.ones(3)})
+    with self.assertRaisesRegex(ValueError, "Unknown kind 'spline'"):
+      curves.get("spline")
 
 
 class ProfileTest(absltest.TestCase):

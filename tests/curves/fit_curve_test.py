@@ -218,6 +218,11 @@ class OptionsTest(parameterized.TestCase):
         _quadratic, {"w": _W1}, end, _ONES, key=jax.random.key(0)
       )
 
+  def test_nothing_to_train(self):
+    ends = ({"n": np.arange(3)},) * 2
+    with self.assertRaisesRegex(ValueError, "nothing to train"):
+      curves.fit_curve(_quadratic, *ends, _ONES, key=jax.random.key(0))
+
   def test_nan(self):
     with self.assertRaisesRegex(training.NonFiniteLossError, "learning rate"):
       _fit(learning_rate=1e20, final_learning_rate=1e20)

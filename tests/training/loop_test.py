@@ -486,6 +486,11 @@ class ErrorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "same number of examples"):
       training.fit(_loss, _params(), data, key=jax.random.key(0))
 
+  @parameterized.parameters(({},), ({"n": np.arange(3)},))
+  def test_nothing_to_train(self, params):
+    with self.assertRaisesRegex(ValueError, "nothing to train"):
+      training.fit(_loss, params, _data(), key=jax.random.key(0))
+
   def test_metric_named_loss(self):
     with self.assertRaisesRegex(ValueError, 'must not be named "loss"'):
       training.fit(
