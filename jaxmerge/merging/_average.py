@@ -1,45 +1,68 @@
-"""Uniform and weighted average of models."""
+"""Uniform, weighted and running averages of models."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.merging import _method
+from jaxmerge.merging import _leafwise, _method, _values
 
 PyTree = Any
+Array = jax.Array
+Values = dict[str, Any]
 
 
-class AverageState(NamedTuple):
-  """State of `average_method`.
+@functools.cache
+def _average_rule() -> _leafwise.LeafRule:
+  def init(base: Array, zero: Array) -> tuple[Array, Array]:
+    return jnp.full_like(base, zero), zero
 
-  Attributes:
-    base: The tree that ``init`` was given.
-    total: Weighted sum of the floating-point leaves, half types in float32;
-      ``None`` in place of the other leaves.
-    weight: Sum of the weights, a scalar.
-  """
+  def update(
+    accumulator: tuple[Array, Array],
+    base: Array,
+    leaf: Array,
+    step: _leafwise.Step,
+  ) -> tuple[Array, Array]:
+    del base
+    total, weight = accumulator
+    return total + step.weight * leaf, weight + step.weight
 
-  base: PyTree
-  total: PyTree
-  weight: jax.Array
+  def finalize(
+    accumulator: tuple[Array, Array],
+    base: Array,
+    values: Values,
+    summary: Array | None,
+  ) -> Array:
+    del values, summary
+    total, weight = accumulator
+    is_zero = weight == 0
+    # The divisor is made harmless first, so that no gradient becomes NaN.
+    divisor = jnp.where(is_zero, jnp.ones_like(weight), weight)
+    return jnp.where(is_zero, base, total / divisor)
+
+  return _leafwise.LeafRule(init, update, finalize)
 
 
-def average_method() -> _method.MergeMethod:
+def average_method(
+  **options: Unpack[_leafwise.MergeOptions],
+) -> _method.MergeMethod:
   r"""The average as a method: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
   The base itself is not averaged: it gives structure, shapes, dtypes and the
-  leaves that are not floating-point. Before the first model, and wherever the
-  weights sum to zero, ``finalize`` gives the base. Half types are summed in
-  float32 and rounded once.
+  leaves that are not merged. Before the first model, and wherever the weights
+  sum to zero, ``finalize`` gives the base.
+
+  Args:
+    **options: See `MergeOptions`.
 
   Returns:
-    A method whose ``update`` takes one scalar weight for each model.
+    A method whose ``update`` takes one weight for each model.
 
   >>> method = average_method()
   >>> state = method.init({"w": 0.0})
@@ -48,51 +71,12 @@ def average_method() -> _method.MergeMethod:
   >>> print(method.finalize(state)["w"])
   4.0
   """
-
-  def init(base: PyTree) -> AverageState:
-    floats, _ = tree.partition(base)
-    return AverageState(
-      base=base,
-      total=jax.tree.map(
-        lambda x: jnp.zeros_like(x, dtype=tree.accumulation_dtype(x)), floats
-      ),
-      weight=jnp.zeros((), jnp.result_type(float)),
-    )
-
-  def update(
-    state: AverageState, params: PyTree, weight: Any = 1.0
-  ) -> AverageState:
-    tree.check_match(state.base, params, names=["base", "params"])
-    floats, _ = tree.partition(params)
-    weight = jnp.asarray(weight)
-
-    def on_leaf(total: jax.Array, x: Any) -> jax.Array:
-      x = jnp.asarray(x).astype(total.dtype)
-      return total + weight.astype(total.dtype) * x
-
-    return AverageState(
-      base=state.base,
-      total=jax.tree.map(on_leaf, state.total, floats),
-      weight=state.weight + weight.astype(state.weight.dtype),
-    )
-
-  def finalize(state: AverageState) -> PyTree:
-    floats, rest = tree.partition(state.base)
-    is_zero = state.weight == 0
-    # The divisor is made harmless first, so that no gradient becomes NaN.
-    divisor = jnp.where(is_zero, jnp.ones_like(state.weight), state.weight)
-
-    def on_leaf(total: jax.Array, x: Any) -> jax.Array:
-      x = jnp.asarray(x)
-      mean = (total / divisor.astype(total.dtype)).astype(x.dtype)
-      return jnp.where(is_zero, x, mean)
-
-    return tree.combine(jax.tree.map(on_leaf, state.total, floats), rest)
-
-  return _method.MergeMethod(init, update, finalize)
+  return _leafwise.leafwise_method(_average_rule(), **options)
 
 
-def average(models: Sequence[PyTree]) -> PyTree:
+def average(
+  models: Sequence[PyTree], **options: Unpack[_leafwise.MergeOptions]
+) -> PyTree:
   r"""Averages models: :math:`\frac{1}{n} \sum_i \theta_i`.
 
   Half types are accumulated in float32; leaves that are not floating-point
@@ -100,13 +84,14 @@ def average(models: Sequence[PyTree]) -> PyTree:
 
   Args:
     models: One or more trees of the same structure, shapes and dtypes.
+    **options: See `MergeOptions`.
 
   Returns:
     The average, with the structure, shapes and dtypes of the models.
 
   Raises:
     TreeMismatchError: If the models differ in structure, shape or dtype.
-    ValueError: If there are no models.
+    ValueError: If there are no models, or one holds NaN or infinity.
 
   References:
     Wortsman et al., `Model soups: averaging weights of multiple fine-tuned
@@ -117,11 +102,13 @@ def average(models: Sequence[PyTree]) -> PyTree:
   1.5
   """
   models = _method.check_models(models)
-  return _method.fold(average_method(), models[0], models)
+  return _leafwise.merge(_average_rule(), models[0], models, **options)
 
 
 def weighted_average(
-  models: Sequence[PyTree], weights: Sequence[Any] | jax.Array
+  models: Sequence[PyTree],
+  weights: Sequence[Any] | Array,
+  **options: Unpack[_leafwise.MergeOptions],
 ) -> PyTree:
   r"""Averages models with weights: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
@@ -130,9 +117,12 @@ def weighted_average(
 
   Args:
     models: One or more trees of the same structure, shapes and dtypes.
-    weights: A scalar for each model, or an array of shape [n]. They are
-      divided by their sum. Negative weights extrapolate. Traced weights are
-      not checked; where these sum to zero, the first model is returned.
+    weights: One for each model: a scalar, a prefix of the tree, or a mapping
+      from regular expressions of leaf names to scalars; or an array of shape
+      [n]. They are divided by their sum. Negative weights extrapolate. Traced
+      weights are not checked; where these sum to zero, the first model is
+      returned.
+    **options: See `MergeOptions`.
 
   Returns:
     The average, with the structure, shapes and dtypes of the models.
@@ -146,14 +136,113 @@ def weighted_average(
   1.25
   """
   models = _method.check_models(models)
-  weights = _method.check_weights(weights, len(models))
-  if not any(isinstance(weight, jax.core.Tracer) for weight in weights):
-    values = np.asarray([np.asarray(weight, np.float64) for weight in weights])
-    total, size = values.sum(), np.abs(values).sum()
-    # A sum as small as the rounding of the weights is noise.
-    if not abs(total) > np.finfo(np.float32).eps * size:
-      raise ValueError(
-        f"weights sum to {total:g} and cannot be normalised; give weights"
-        " whose sum is not zero"
-      )
-  return _method.fold(average_method(), models[0], models, weights)
+  entries = _values.per_model(weights, len(models), "weights")
+  columns = [
+    _values.per_leaf(entry, models[0], f"weight {i}")
+    for i, entry in enumerate(entries)
+  ]
+  for leaf, values in zip(
+    tree.leaf_names(models[0]), zip(*columns, strict=True), strict=True
+  ):
+    _check_sum(values, leaf)
+  return _leafwise.merge(_average_rule(), models[0], models, entries, **options)
+
+
+def _check_sum(weights: Sequence[Any], leaf: str) -> None:
+  if any(_values.is_traced(weight) for weight in weights):
+    return
+  values = np.asarray([np.asarray(weight, np.float64) for weight in weights])
+  total, size = values.sum(), np.abs(values).sum()
+  # A sum as small as the rounding of the weights is noise.
+  if not abs(total) > np.finfo(np.float32).eps * size:
+    raise ValueError(
+      f"weights sum to {total:g} for leaf '{leaf}' and cannot be normalised;"
+      " give weights whose sum is not zero"
+    )
+
+
+@functools.cache
+def _ema_rule() -> _leafwise.LeafRule:
+  def init(base: Array, zero: Array) -> Array:
+    return base + zero
+
+  def update(
+    accumulator: Array, base: Array, leaf: Array, step: _leafwise.Step
+  ) -> Array:
+    del base
+    rate = step.weight * (1 - step.values["decay"].astype(leaf.dtype))
+    return accumulator + rate * (leaf - accumulator)
+
+  def finalize(
+    accumulator: Array, base: Array, values: Values, summary: Array | None
+  ) -> Array:
+    del base, values, summary
+    return accumulator
+
+  return _leafwise.LeafRule(init, update, finalize)
+
+
+def ema_method(
+  decay: Any = 0.9, **options: Unpack[_leafwise.MergeOptions]
+) -> _method.MergeMethod:
+  """The running average as a method; see `ema`.
+
+  Args:
+    decay: See `ema`.
+    **options: See `MergeOptions`.
+
+  Returns:
+    The method.
+
+  >>> method = ema_method(0.5)
+  >>> state = method.update(method.init({"w": 0.0}), {"w": 1.0})
+  >>> print(method.finalize(state)["w"])
+  0.5
+  """
+  _values.check_range(decay, "decay", 0, 1)
+  return _leafwise.leafwise_method(
+    _ema_rule(), options={"decay": decay}, **options
+  )
+
+
+def ema(
+  base: PyTree,
+  models: Sequence[PyTree],
+  decay: Any = 0.9,
+  *,
+  weights: Any = None,
+  **options: Unpack[_leafwise.MergeOptions],
+) -> PyTree:
+  r"""Exponential moving average over models, in their order.
+
+  .. math::
+    \bar\theta_0 = \theta_0, \quad
+    \bar\theta_i = \bar\theta_{i-1}
+      + w_i (1 - d) (\theta_i - \bar\theta_{i-1})
+
+  Args:
+    base: The average so far.
+    models: One or more trees of the structure of the base.
+    decay: :math:`d`, in [0, 1]: a scalar, a prefix of the tree, a mapping
+      from regular expressions of leaf names, or one of these for each model.
+    weights: :math:`w_i`, in the same forms; 1 by default.
+    **options: See `MergeOptions`.
+
+  Returns:
+    The average after the last model.
+
+  Raises:
+    TreeMismatchError: If a model differs from the base.
+    ValueError: If there are no models or a value is out of its range.
+
+  References:
+    Polyak and Juditsky, Acceleration of stochastic approximation by
+    averaging, 1992
+
+  >>> print(ema({"w": 0.0}, [{"w": 1.0}, {"w": 1.0}], decay=0.5)["w"])
+  0.75
+  """
+  _values.check_range(decay, "decay", 0, 1)
+  return _leafwise.merge(
+    _ema_rule(), base, models, weights, options={"decay": decay}, **options
+  )

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxmerge import tree
+from jaxmerge.merging import _values
 
 PyTree = Any
 MergeState = Any
@@ -39,9 +38,8 @@ class UpdateFn(Protocol):
     Args:
       state: The state so far.
       params: The parameters of the model, of the structure of the base.
-      weight: How much the model counts: a scalar, traced or not. A method
-        that weighs every parameter takes a tree of the structure of
-        ``params`` here.
+      weight: How much the model counts: a scalar, traced or not, a prefix of
+        the tree, or a mapping from regular expressions of leaf names.
     """
 
 
@@ -98,30 +96,6 @@ def check_models(models: Sequence[PyTree]) -> list[PyTree]:
   return list(models)
 
 
-def check_weights(
-  weights: Sequence[Any] | jax.Array, num_models: int
-) -> list[Any]:
-  """The weights as a list; their values are checked unless they are traced."""
-  if isinstance(weights, (jax.Array, np.ndarray)) and weights.ndim != 1:
-    raise ValueError(
-      f"weights must have shape ({num_models},); got {weights.shape}"
-    )
-  if len(weights) != num_models:
-    raise ValueError(
-      f"got {len(weights)} weights for {num_models} models; give one weight"
-      " for each model"
-    )
-  result = [weights[i] for i in range(num_models)]
-  for i, weight in enumerate(result):
-    if jnp.ndim(weight):
-      raise ValueError(
-        f"weight {i} must be a scalar; got shape {jnp.shape(weight)}"
-      )
-    if not isinstance(weight, jax.core.Tracer) and not np.isfinite(weight):
-      raise ValueError(f"weight {i} is {weight}; weights must be finite")
-  return result
-
-
 def fold(
   method: MergeMethod,
   base: PyTree,
@@ -136,8 +110,8 @@ def fold(
     method: The merge method.
     base: The starting parameters (see `MergeMethod`).
     models: One or more trees of the structure, shapes and dtypes of ``base``.
-    weights: A scalar for each model, or an array of shape [n]; by default
-      each model has the weight one.
+    weights: One for each model, as the method takes them, or an array of
+      shape [n]; by default each model has the weight one.
 
   Returns:
     The merged parameters, with the structure, shapes and dtypes of ``base``.
@@ -145,8 +119,7 @@ def fold(
   Raises:
     TreeMismatchError: If a model differs from ``base`` in structure, shape or
       dtype.
-    ValueError: If there are no models, or not as many weights as models, or
-      a weight that is not a finite scalar.
+    ValueError: If there are no models, or not as many weights as models.
 
   >>> from jaxmerge.merging import average_method
   >>> print(fold(average_method(), {"w": 0.0}, [{"w": 1.0}, {"w": 2.0}])["w"])
@@ -155,11 +128,10 @@ def fold(
   models = check_models(models)
   names = ["base", *(f"model {i}" for i in range(len(models)))]
   tree.check_match(base, *models, names=names)
-  if weights is None:
-    weights = [1.0] * len(models)
+  entries = _values.per_model(
+    1.0 if weights is None else weights, len(models), "weights"
+  )
   state = method.init(base)
-  for params, weight in zip(
-    models, check_weights(weights, len(models)), strict=True
-  ):
+  for params, weight in zip(models, entries, strict=True):
     state = method.update(state, params, weight)
   return method.finalize(state)

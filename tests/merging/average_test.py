@@ -172,13 +172,13 @@ class ErrorTest(parameterized.TestCase):
   @parameterized.parameters(
     ([1.0], "got 1 weights for 2 models"),
     ([1.0, 2.0, 3.0], "got 3 weights for 2 models"),
-    ([1.0, np.nan], "weight 1 is nan; weights must be finite"),
+    ([1.0, np.nan], "weight 1 is nan for leaf 'w'; values must be"),
     (np.array([np.inf, 1.0]), "weight 0 is inf"),
-    ([1.0, -1.0], "weights sum to 0 and cannot be normalised"),
-    ([0.0, 0.0], "weights sum to 0 and cannot be normalised"),
+    ([1.0, -1.0], "weights sum to 0 for leaf 'w' and cannot be"),
+    ([0.0, 0.0], "weights sum to 0 for leaf 'w' and cannot be"),
     ([0.1 + 0.2, -0.3], "cannot be normalised"),
     (np.ones((2, 1)), r"weights must have shape \(2,\)"),
-    ([np.ones(1), 1.0], "weight 0 must be a scalar"),
+    ([np.ones(1), 1.0], "weight 0 must be a scalar for leaf 'w'"),
   )
   def test_weights(self, weights, message):
     params = {"w": jnp.ones(2)}
