@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from jaxmerge.merging._analysis import (
+  SelectedShares,
+  SignConflicts,
+  UpdateConsistency,
+  cosine_matrix,
+  keep,
+  selected_shares,
+  sign_conflicts,
+  update_consistency,
+)
 from jaxmerge.merging._average import (
   average,
   average_method,
   ema,
   ema_method,
   weighted_average,
+)
+from jaxmerge.merging._consensus import (
+  consensus,
+  consensus_method,
+  localize,
+  tall_masks,
 )
 from jaxmerge.merging._dropped import (
   breadcrumbs,
@@ -16,6 +32,13 @@ from jaxmerge.merging._dropped import (
   dare_method,
   della,
   della_method,
+)
+from jaxmerge.merging._emr import (
+  EMR,
+  emr,
+  emr_params,
+  emr_unified,
+  emr_unified_method,
 )
 from jaxmerge.merging._leafwise import LeafwiseState, MergeOptions
 from jaxmerge.merging._magmax import (
@@ -27,6 +50,10 @@ from jaxmerge.merging._magmax import (
   random_mix_method,
 )
 from jaxmerge.merging._method import MergeMethod, fold
+from jaxmerge.merging._sce import (
+  sce,
+  sce_method,
+)
 from jaxmerge.merging._task_arithmetic import (
   task_arithmetic,
   task_arithmetic_method,
@@ -35,30 +62,49 @@ from jaxmerge.merging._task_arithmetic import (
 from jaxmerge.merging._ties import ties, ties_method
 
 __all__ = (
+  "EMR",
   "LeafwiseState",
   "MergeMethod",
   "MergeOptions",
+  "SelectedShares",
+  "SignConflicts",
+  "UpdateConsistency",
   "average",
   "average_method",
   "breadcrumbs",
   "breadcrumbs_method",
+  "consensus",
+  "consensus_method",
+  "cosine_matrix",
   "dare",
   "dare_method",
   "della",
   "della_method",
   "ema",
   "ema_method",
+  "emr",
+  "emr_params",
+  "emr_unified",
+  "emr_unified_method",
   "fold",
+  "keep",
+  "localize",
   "magmax",
   "magmax_method",
   "max_abs",
   "max_abs_method",
   "random_mix",
   "random_mix_method",
+  "sce",
+  "sce_method",
+  "selected_shares",
+  "sign_conflicts",
+  "tall_masks",
   "task_arithmetic",
   "task_arithmetic_method",
   "task_vector",
   "ties",
   "ties_method",
+  "update_consistency",
   "weighted_average",
 )

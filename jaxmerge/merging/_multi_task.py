@@ -1,0 +1,161 @@
+"""What the methods share that compare each model with the merged ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import tree
+from jaxmerge.merging import (
+  _combine,
+  _gathered,
+  _leafwise,
+  _method,
+  _sparsify,
+  _task_vectors,
+)
+
+PyTree = Any
+Array = jax.Array
+
+
+class MergeFn(Protocol):
+  """``merge(base, models, weights=weights) -> params``."""
+
+  def __call__(
+    self, base: PyTree, models: Sequence[PyTree], *, weights: Any
+  ) -> PyTree:
+    """Returns the merge of a list of models."""
+
+
+@functools.cache
+def _vector_rule(
+  combiner: _combine.Combiner, sparsifier: _sparsify.Sparsifier | None
+) -> _leafwise.LeafRule:
+  def finalize(
+    accumulator: Any, base: Array, values: Any, total: Array | None
+  ) -> Array:
+    del base, values
+    return combiner.finalize(accumulator, total)
+
+  rule = _task_vectors.task_vector_rule(combiner, sparsifier)
+  return rule._replace(finalize=finalize)
+
+
+def multi_task_vector(
+  base: PyTree,
+  models: Sequence[PyTree],
+  weights: Any,
+  combiner: _combine.Combiner,
+  sparsifier: _sparsify.Sparsifier | None = None,
+  *,
+  options: dict[str, Any] | None = None,
+  select: str | Callable[[str], bool] | None = None,
+  allow_nonfinite: bool = False,
+) -> list[Array]:
+  """The merged task vector, not yet added to the base nor rounded.
+
+  Args:
+    base: The base.
+    models: The models.
+    weights: One for each model, or None.
+    combiner: From task vectors to one.
+    sparsifier: On each task vector; None for the identity.
+    options: Values by name, those of the sparsifier.
+    select: See `MergeOptions`, as the other.
+    allow_nonfinite: Whether NaN and infinity are let through.
+
+  Returns:
+    One array for each merged leaf, in the dtype that the leaf is computed in.
+
+  Raises:
+    TreeMismatchError: If a model differs from the base.
+    ValueError: As `_leafwise.merge`.
+  """
+  merged = _leafwise.merged_leaves(base, select)
+  leaves = jax.tree.leaves(base)
+  dtypes = [tree.accumulation_dtype(leaves[leaf.place]) for leaf in merged]
+  vector = _leafwise.merge(
+    _vector_rule(combiner, sparsifier),
+    base,
+    models,
+    weights,
+    options=options,
+    select=select,
+    dtype=np.result_type(np.float32, *dtypes),
+    allow_nonfinite=allow_nonfinite,
+  )
+  leaves = jax.tree.leaves(vector)
+  return [
+    leaves[leaf.place].astype(dtype)
+    for leaf, dtype in zip(merged, dtypes, strict=True)
+  ]
+
+
+def gathering_method(
+  merge: MergeFn,
+  *,
+  select: str | Callable[[str], bool] | None = None,
+  dtype: Any = None,
+  allow_nonfinite: bool = False,
+) -> _method.MergeMethod:
+  """Makes a method of a function of a list: it keeps the models.
+
+  Args:
+    merge: The function, with its options bound.
+    select: See `MergeOptions`, as the rest.
+    dtype: Dtype of the result.
+    allow_nonfinite: Whether NaN and infinity are let through.
+
+  Returns:
+    The method; its state is a `GatheredState`.
+  """
+
+  def check(params: PyTree, name: str, base: PyTree) -> None:
+    if not allow_nonfinite:
+      merged = _leafwise.merged_leaves(base, select)
+      _leafwise.check_finite([params], [name], merged)
+
+  def init(base: PyTree) -> _gathered.GatheredState:
+    check(base, "base", base)
+    return _gathered.GatheredState(base, (), ())
+
+  def update(
+    state: _gathered.GatheredState, params: PyTree, weight: Any = 1.0
+  ) -> _gathered.GatheredState:
+    tree.check_match(state.base, params, names=["base", "params"])
+    check(params, "params", state.base)
+    return _gathered.GatheredState(
+      state.base, (*state.models, params), (*state.weights, weight)
+    )
+
+  def finalize(state: _gathered.GatheredState) -> PyTree:
+    if not state.models:
+      return _leafwise.rebuild(state.base, [], [], dtype)
+    return merge(state.base, state.models, weights=state.weights)
+
+  return _method.MergeMethod(init, update, finalize)
+
+
+def shaped_like(leaf: Any, dtype: Any) -> Array:
+  """Zeros of the shape of a leaf, which may be a PRNG key or no array."""
+  return jnp.zeros(getattr(leaf, "shape", ()), dtype)
+
+
+def place_leaves(
+  base: PyTree, merged: Sequence[Any], results: Sequence[Array], dtype: Any
+) -> PyTree:
+  """A tree of the merged leaves' results, and zeros for the other leaves."""
+  treedef: Any = jax.tree.structure(base)
+  found = {
+    leaf.place: result for leaf, result in zip(merged, results, strict=True)
+  }
+  return treedef.unflatten(
+    found[place] if place in found else shaped_like(leaf, dtype)
+    for place, leaf in enumerate(jax.tree.leaves(base))
+  )
