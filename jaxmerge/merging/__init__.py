@@ -50,10 +50,7 @@ from jaxmerge.merging._magmax import (
   random_mix_method,
 )
 from jaxmerge.merging._method import MergeMethod, fold
-from jaxmerge.merging._sce import (
-  sce,
-  sce_method,
-)
+from jaxmerge.merging._sce import sce, sce_method
 from jaxmerge.merging._task_arithmetic import (
   task_arithmetic,
   task_arithmetic_method,

@@ -47,7 +47,7 @@ def _rule(selects: bool) -> _gathered.GatherRule:
   ) -> Array:
     taus = [leaf - base for leaf in leaves]
     if selects:
-      kept = _is_selected(leaves, values["keep"])
+      kept = _is_selected(leaves, values["keep"][0])
       taus = [jnp.where(kept, tau, 0) for tau in taus]
     energies = jnp.stack([jnp.mean(tau**2) for tau in taus])
     total = jnp.broadcast_to(energies.sum(), energies.shape)
@@ -172,7 +172,8 @@ def sce(
   selects = _selects(select_topk)
   values = {"scale": scale}
   if selects:
-    values["keep"] = _counts(select_topk, base)
+    # In a list, lest a base that is a tuple be taken for one value a model.
+    values["keep"] = [_counts(select_topk, base)]
   return _gathered.merge(
     _rule(selects),
     "sce",
