@@ -305,7 +305,9 @@ def check_finite(
     for leaf in merged:
       value = leaves[leaf.place]
       if not _values.is_traced(value) and np.size(value):
-        flags.append((_all_finite(value), leaf.name, name))
+        # A known array that a traced function closes over is known still.
+        with jax.ensure_compile_time_eval():
+          flags.append((_all_finite(value), leaf.name, name))
   for flag, leaf_name, name in flags:
     if not flag:
       raise ValueError(

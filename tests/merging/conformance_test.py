@@ -309,6 +309,11 @@ class ConformanceTest(parameterized.TestCase):
 
 
 class OptionsTest(parameterized.TestCase):
+  def test_traced_scale_with_known_models(self):
+    base, models = {"w": jnp.zeros(3)}, [{"w": jnp.ones(3)}] * 2
+    fn = jax.jit(lambda scale: merging.magmax(base, models, scale=scale)["w"])
+    np.testing.assert_array_equal(fn(0.5), [0.5, 0.5, 0.5])
+
   @parameterized.parameters(
     ("ties", {"density": 0.0}, r"density must lie in \(0, 1\]; got 0"),
     ("ties", {"density": 1.5}, "density must lie"),
