@@ -12,6 +12,10 @@ from jaxmerge.merging._analysis import (
   sign_conflicts,
   update_consistency,
 )
+from jaxmerge.merging._arcee_fusion import (
+  arcee_fusion,
+  arcee_fusion_method,
+)
 from jaxmerge.merging._average import (
   average,
   average_method,
@@ -40,6 +44,12 @@ from jaxmerge.merging._emr import (
   emr_unified,
   emr_unified_method,
 )
+from jaxmerge.merging._karcher import (
+  KarcherInfo,
+  karcher_info,
+  karcher_mean,
+  karcher_mean_method,
+)
 from jaxmerge.merging._leafwise import LeafwiseState, MergeOptions
 from jaxmerge.merging._magmax import (
   magmax,
@@ -50,7 +60,27 @@ from jaxmerge.merging._magmax import (
   random_mix_method,
 )
 from jaxmerge.merging._method import MergeMethod, fold
+from jaxmerge.merging._model_stock import (
+  model_stock,
+  model_stock_method,
+)
+from jaxmerge.merging._nearswap import (
+  nearswap,
+  nearswap_method,
+)
+from jaxmerge.merging._passthrough import (
+  LayerSlice,
+  passthrough,
+)
 from jaxmerge.merging._sce import sce, sce_method
+from jaxmerge.merging._slerp import (
+  multislerp,
+  multislerp_method,
+  nuslerp,
+  nuslerp_method,
+  slerp,
+  slerp_method,
+)
 from jaxmerge.merging._task_arithmetic import (
   task_arithmetic,
   task_arithmetic_method,
@@ -60,12 +90,16 @@ from jaxmerge.merging._ties import ties, ties_method
 
 __all__ = (
   "EMR",
+  "KarcherInfo",
+  "LayerSlice",
   "LeafwiseState",
   "MergeMethod",
   "MergeOptions",
   "SelectedShares",
   "SignConflicts",
   "UpdateConsistency",
+  "arcee_fusion",
+  "arcee_fusion_method",
   "average",
   "average_method",
   "breadcrumbs",
@@ -84,18 +118,32 @@ __all__ = (
   "emr_unified",
   "emr_unified_method",
   "fold",
+  "karcher_info",
+  "karcher_mean",
+  "karcher_mean_method",
   "keep",
   "localize",
   "magmax",
   "magmax_method",
   "max_abs",
   "max_abs_method",
+  "model_stock",
+  "model_stock_method",
+  "multislerp",
+  "multislerp_method",
+  "nearswap",
+  "nearswap_method",
+  "nuslerp",
+  "nuslerp_method",
+  "passthrough",
   "random_mix",
   "random_mix_method",
   "sce",
   "sce_method",
   "selected_shares",
   "sign_conflicts",
+  "slerp",
+  "slerp_method",
   "tall_masks",
   "task_arithmetic",
   "task_arithmetic_method",
