@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.sparse import linalg
 
 from jaxmerge.merging import (
   _gathered,
@@ -24,6 +23,14 @@ from jaxmerge.merging import (
 PyTree = Any
 Array = jax.Array
 Values = dict[str, Array]
+
+
+# Below this 1 - cos(a) the ratio of a to sin(a) is computed from a series, to
+# the rounding of float64.
+_NEAR = 0.1
+_SERIES = [
+  2**k * math.factorial(k) ** 2 / math.factorial(2 * k + 1) for k in range(13)
+]
 
 
 class KarcherInfo(NamedTuple):
@@ -43,76 +50,100 @@ class KarcherInfo(NamedTuple):
 
 
 class _Solution(NamedTuple):
-  direction: Array
+  coefficients: Array
   residual: Array
   iterations: Array
 
 
+_dot = functools.partial(jnp.tensordot, precision="highest")
+
+
+def _arc_ratio(cosine: Array) -> Array:
+  """Angle / sine of an angle with this cosine; 0 where they are opposite."""
+  versine = 1 - cosine
+  is_near, is_far = versine < _NEAR, 1 + cosine < _spherical.tiny(cosine)
+  safe = jnp.where(is_near | is_far, jnp.zeros_like(cosine), cosine)
+  ratio = jnp.arccos(safe) / jnp.sqrt(1 - safe * safe)
+  # The ratio is smooth in the cosine, also at 1, where the angle is not.
+  small = jnp.where(is_near, versine, jnp.zeros_like(versine))
+  series = jnp.zeros_like(small)
+  for coefficient in reversed(_SERIES):
+    series = series * small + coefficient
+  return jnp.where(
+    is_near, series, jnp.where(is_far, jnp.zeros_like(ratio), ratio)
+  )
+
+
 def _mean_direction(
-  units: Sequence[Array], weights: Array, max_iter: int, tol: Array
+  gram: Array, weights: Array, max_iter: int, tol: Array
 ) -> _Solution:
-  """The Riemannian mean of directions; weights sum to one."""
-  axes = _spherical.vector_axes(units[0].ndim, None)
+  """The Riemannian mean of directions as a combination of them.
 
-  def tangent_sum(u: Array) -> Array:
-    total = jnp.zeros_like(u)
-    for one, weight in zip(units, weights, strict=True):
-      total = total + weight * _spherical.log_map(u, one, axes)
-    return total
+  Tangents and means are combinations of the directions, so that their inner
+  products tell all: the directions themselves are read no more.
 
-  def residual(tangent: Array) -> Array:
-    return _spherical.norm(tangent, axes).reshape(())
+  Args:
+    gram: The cosines of the directions, [n, n].
+    weights: Weights [n] that sum to one.
+    max_iter: Largest number of steps.
+    tol: Residual at which to stop.
 
-  def root(x: Array) -> Array:
-    # Zero at the mean only; the first term fixes the length of x, so that the
-    # Jacobian there is symmetric and regular.
-    u, length = _spherical.unit(x, axes)
-    return (length - 1) * u - tangent_sum(u)
+  Returns:
+    The coefficients of the mean, and how it was found.
+  """
 
-  def solve(fn: Callable[[Array], Array], start: Array) -> tuple[Array, Array]:
+  def length(x: Array) -> Array:
+    return jnp.sqrt(jnp.maximum(_dot(x, _dot(gram, x, 1), 1), 0))
+
+  def tangent_sum(x: Array) -> Array:
+    cosines = _dot(gram, x, 1)
+    parts = weights * _arc_ratio(cosines)
+    return parts - jnp.sum(parts * cosines) * x
+
+  def solve(
+    fn: Callable[[Array], Array], start: Array
+  ) -> tuple[Array, tuple[Array, Array]]:
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
       _, tangent, step = state
-      return (step < max_iter) & (residual(tangent) >= tol)
+      return (step < max_iter) & (length(tangent) >= tol)
 
     def advance(
       state: tuple[Array, Array, Array],
     ) -> tuple[Array, Array, Array]:
-      u, tangent, step = state
-      u = _spherical.exp_map(u, tangent, axes)
-      return u, -fn(u), step + 1
+      x, tangent, step = state
+      size = length(tangent)
+      moved = jnp.cos(size) * x + jnp.sinc(size / math.pi) * tangent
+      moved = moved / length(moved)
+      return moved, fn(moved), step + 1
 
-    u, _, step = jax.lax.while_loop(
-      unfinished, advance, (start, -fn(start), jnp.int32(0))
+    x, tangent, step = jax.lax.while_loop(
+      # Steps are counted in floats, which have tangents of their own dtype.
+      unfinished,
+      advance,
+      (start, fn(start), jnp.zeros_like(tol)),
     )
-    return u, step
+    return x, (length(tangent), step)
 
   def tangent_solve(linear: Callable[[Array], Array], y: Array) -> Array:
-    # The Jacobian is a multiple of the identity and a term of the rank of the
-    # number of models, so that few steps of conjugate gradients are exact.
-    return linalg.cg(linear, y, tol=1e-6, maxiter=2 * len(units) + 4)[0]
+    return jnp.linalg.solve(jax.jacobian(linear)(y), y)
 
-  mean = jnp.zeros_like(units[0])
-  fallback = units[-1]
-  for one, weight in zip(units[::-1], weights[::-1], strict=True):
-    mean = mean + weight * one
-    fallback = jnp.where(weight > 0, one, fallback)
-  mean, length = _spherical.unit(mean, axes)
-  start = jnp.where(length < tol, fallback, mean)
+  size = length(weights)
+  cancels = size < math.sqrt(jnp.finfo(gram.dtype).eps)
+  mean = weights / jnp.where(cancels, jnp.ones_like(size), size)
+  first = jax.nn.one_hot(
+    jnp.argmax(weights > 0), len(weights), dtype=gram.dtype
+  )
   # A while loop has no reverse gradient; that of a root needs no loop's.
-  direction, iterations = jax.lax.custom_root(
-    root, start, solve, tangent_solve, has_aux=True
+  x, (residual, iterations) = jax.lax.custom_root(
+    tangent_sum,
+    jnp.where(cancels, first, mean),
+    solve,
+    tangent_solve,
+    has_aux=True,
   )
-  opposite = sum(
-    jnp.where(
-      _spherical.is_opposite(direction, one, axes).reshape(()), weight, 0
-    )
-    for one, weight in zip(units, weights, strict=True)
-  )
-  return _Solution(
-    direction,
-    residual(tangent_sum(direction)) + math.pi * opposite,
-    iterations,
-  )
+  is_opposite = 1 + _dot(gram, x, 1) < _spherical.tiny(gram)
+  opposite = jnp.sum(jnp.where(is_opposite, weights, 0))
+  return _Solution(x, residual + math.pi * opposite, iterations)
 
 
 @functools.cache
@@ -123,31 +154,24 @@ def _rule(max_iter: int, diagnose: bool) -> _gathered.GatherRule:
     is_complex = jnp.iscomplexobj(base)
     if is_complex:
       leaves = [jnp.stack([leaf.real, leaf.imag]) for leaf in leaves]
-    axes = _spherical.vector_axes(leaves[0].ndim, None)
+    stacked = jnp.stack(leaves)
+    axes = tuple(range(1, stacked.ndim))
+    units, lengths = _spherical.unit(stacked, axes)
+    lengths = lengths.reshape(-1)
     shares = _weights.normalized(weights)
-    pairs = [_spherical.unit(leaf, axes) for leaf in leaves]
-    # Zero has no direction, but counts in the mean length.
-    counted = jnp.stack([(length > 0).reshape(()) for _, length in pairs])
     tol = values["tol"].astype(shares.dtype)
+    is_zero = lengths == 0
     found = _mean_direction(
-      [one for one, _ in pairs],
-      _weights.normalized(jnp.where(counted, shares, jnp.zeros_like(shares))),
+      _dot(units, units, (axes, axes)) + jnp.diag(is_zero.astype(tol.dtype)),
+      # Zero has no direction, but counts in the mean length.
+      _weights.normalized(jnp.where(is_zero, 0, shares)),
       max_iter,
       tol,
     )
     if diagnose:
-      return jnp.stack(
-        [
-          found.residual,
-          found.iterations.astype(tol.dtype),
-          (found.residual < tol).astype(tol.dtype),
-        ]
-      )
-    length = sum(
-      share * length.reshape(())
-      for share, (_, length) in zip(shares, pairs, strict=True)
-    )
-    mean = length * found.direction
+      converged = (found.residual < tol).astype(tol.dtype)
+      return jnp.stack([found.residual, found.iterations, converged])
+    mean = _dot(jnp.sum(shares * lengths) * found.coefficients, units, 1)
     return jax.lax.complex(mean[0], mean[1]) if is_complex else mean
 
   return _gathered.GatherRule(merge)

@@ -96,7 +96,8 @@ def unweighted(
     state: _method.MergeState, params: PyTree, weight: Any = 1.0
   ) -> _method.MergeState:
     if any(
-      _values.is_traced(one) or np.asarray(one) != 1 for one in jax.tree.leaves(weight)
+      _values.is_traced(one) or np.asarray(one) != 1
+      for one in jax.tree.leaves(weight)
     ):
       raise ValueError(f"{name} takes no weights; {remedy}")
     return method.update(state, params)
