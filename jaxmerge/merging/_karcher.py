@@ -127,7 +127,8 @@ def _mean_direction(
   def tangent_solve(linear: Callable[[Array], Array], y: Array) -> Array:
     return jnp.linalg.solve(jax.jacobian(linear)(y), y)
 
-  size = length(weights)
+  # The start is no matter to the gradient, and its length has none at 0.
+  size = jax.lax.stop_gradient(length(weights))
   cancels = size < math.sqrt(jnp.finfo(gram.dtype).eps)
   mean = weights / jnp.where(cancels, jnp.ones_like(size), size)
   first = jax.nn.one_hot(
