@@ -50,7 +50,8 @@ from jaxmerge.merging._karcher import (
   karcher_mean,
   karcher_mean_method,
 )
-from jaxmerge.merging._leafwise import LeafwiseState, MergeOptions
+from jaxmerge.merging._leafwise import LeafwiseState
+from jaxmerge.merging._leaves import MergeOptions
 from jaxmerge.merging._magmax import (
   magmax,
   magmax_method,

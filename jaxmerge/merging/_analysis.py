@@ -13,7 +13,7 @@ import numpy as np
 from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
-  _leafwise,
+  _leaves,
   _method,
   _multi_task,
   _sparsify,
@@ -90,9 +90,9 @@ def _check_vectors(
     )
   names = [f"task vector {i}" for i in range(len(vectors))]
   tree.check_match(*vectors, names=names)
-  merged = _leafwise.merged_leaves(vectors[0], None)
+  merged = _leaves.merged_leaves(vectors[0], None)
   if not allow_nonfinite:
-    _leafwise.check_finite(vectors, names, merged)
+    _leaves.check_finite(vectors, names, merged)
   all_leaves = [jax.tree.leaves(vector) for vector in vectors]
   found = [
     [jnp.asarray(leaves[leaf.place]) for leaf in merged]
@@ -240,7 +240,7 @@ def keep(
       keys = jnp.stack([jax.random.fold_in(key, merged[i].seed) for i in group])
     count = _threshold.keep_count(density, _size(members))
     results += _keep(members, count, keys, which)
-  return _leafwise.rebuild(task_vector, merged, results, None)
+  return _leaves.rebuild(task_vector, merged, results, None)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -423,7 +423,7 @@ def cosine_matrix(
 def _add_directions(
   counts: tuple[Array, Array], before: Array, after: Array
 ) -> tuple[Array, Array]:
-  step = _leafwise.widen(after) - _leafwise.widen(before)
+  step = _leaves.widen(after) - _leaves.widen(before)
   up, down = counts
   return up + (step > 0).astype(jnp.int32), down + (step < 0).astype(jnp.int32)
 
@@ -440,7 +440,7 @@ def _numbers(labels: Array, length: int) -> Array:
 @functools.partial(jax.jit, static_argnames="length")
 def _sums(base: Array, last: Array, labels: Array, length: int) -> Array:
   """The summed magnitude of the task vector over the entries of each label."""
-  magnitude = jnp.abs(_leafwise.widen(last) - _leafwise.widen(base))
+  magnitude = jnp.abs(_leaves.widen(last) - _leaves.widen(base))
   return jax.lax.map(
     lambda label: jnp.sum(jnp.where(labels == label, magnitude, 0)),
     jnp.arange(length, dtype=labels.dtype),
@@ -492,9 +492,9 @@ def update_consistency(
   checkpoints = _method.check_models(checkpoints)
   names = ["base", *(f"checkpoint {i}" for i in range(len(checkpoints)))]
   tree.check_match(base, *checkpoints, names=names)
-  merged = _leafwise.merged_leaves(base, None)
+  merged = _leaves.merged_leaves(base, None)
   if not allow_nonfinite:
-    _leafwise.check_finite([base, *checkpoints], names, merged)
+    _leaves.check_finite([base, *checkpoints], names, merged)
   path = [
     [jnp.asarray(jax.tree.leaves(params)[leaf.place]) for leaf in merged]
     for params in (base, *checkpoints)
@@ -531,7 +531,7 @@ def _challenge(
   weight: Array,
   number: Array,
 ) -> tuple[Array, Array]:
-  tau = _leafwise.widen(leaf) - _leafwise.widen(base)
+  tau = _leaves.widen(leaf) - _leaves.widen(base)
   tau = jnp.abs(weight.astype(tau.dtype) * tau)
   # On ties the later model wins, as in magmax; zeros are nobody's.
   wins = (tau >= best) & (tau > 0)
@@ -572,36 +572,21 @@ def selected_shares(
   >>> print(selected_shares(base, models).shares)
   [0.5 0.5]
   """
-  models = _method.check_models(models)
-  names = ["base", *(f"model {i}" for i in range(len(models)))]
-  tree.check_match(base, *models, names=names)
-  entries = _values.per_model(
-    1.0 if weights is None else weights, len(models), "weights"
+  parts = _leaves.take_apart(
+    base, models, weights, allow_nonfinite=allow_nonfinite
   )
-  columns = [
-    _values.per_leaf(entry, base, f"weight {i}")
-    for i, entry in enumerate(entries)
-  ]
-  merged = _leafwise.merged_leaves(base, None)
-  if not allow_nonfinite:
-    _leafwise.check_finite([base, *models], names, merged)
-  bases = jax.tree.leaves(base)
-  all_leaves = [jax.tree.leaves(params) for params in models]
-  total = _total([bases[leaf.place] for leaf in merged])
+  total = _total([jnp.asarray(one) for one in parts.bases])
   # Label 0 is for what nobody changed.
   numbers = jnp.zeros((len(models) + 1,), jnp.uint32)
-  for leaf in merged:
-    start = jnp.asarray(bases[leaf.place])
-    best = jnp.zeros(start.shape, tree.accumulation_dtype(start))
+  for one, leaves, scalars in zip(
+    parts.bases, parts.models, parts.weights, strict=True
+  ):
+    start = jnp.asarray(one)
+    best = jnp.zeros(start.shape, jnp.abs(_leaves.widen(start)).dtype)
     winner = jnp.zeros(start.shape, jnp.int32)
-    for i, leaves in enumerate(all_leaves):
+    for i, leaf in enumerate(leaves):
       best, winner = _challenge(
-        best,
-        winner,
-        start,
-        leaves[leaf.place],
-        jnp.asarray(columns[i][leaf.place]),
-        jnp.int32(i + 1),
+        best, winner, start, leaf, jnp.asarray(scalars[i]), jnp.int32(i + 1)
       )
     numbers = numbers + _numbers(winner, len(models) + 1)
   return SelectedShares(

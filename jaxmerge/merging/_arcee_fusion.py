@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmerge.merging import (
   _gathered,
-  _leafwise,
+  _leaves,
   _method,
   _spherical,
   _threshold,
@@ -91,7 +91,7 @@ def _rule(axis: _spherical.Axes) -> _gathered.GatherRule:
 def arcee_fusion_method(
   *,
   axis: int | tuple[int, ...] = -1,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Arcee Fusion as a method of one model; see `arcee_fusion`.
 
@@ -123,7 +123,7 @@ def arcee_fusion(
   model: PyTree,
   *,
   axis: int | tuple[int, ...] = -1,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Takes from a model the parameters whose change matters most.
 

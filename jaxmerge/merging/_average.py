@@ -8,10 +8,8 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxmerge import tree
-from jaxmerge.merging import _leafwise, _method, _values
+from jaxmerge.merging import _leafwise, _leaves, _method, _values, _weights
 
 PyTree = Any
 Array = jax.Array
@@ -50,7 +48,7 @@ def _average_rule() -> _leafwise.LeafRule:
 
 
 def average_method(
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   r"""The average as a method: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
@@ -75,7 +73,7 @@ def average_method(
 
 
 def average(
-  models: Sequence[PyTree], **options: Unpack[_leafwise.MergeOptions]
+  models: Sequence[PyTree], **options: Unpack[_leaves.MergeOptions]
 ) -> PyTree:
   r"""Averages models: :math:`\frac{1}{n} \sum_i \theta_i`.
 
@@ -108,7 +106,7 @@ def average(
 def weighted_average(
   models: Sequence[PyTree],
   weights: Sequence[Any] | Array,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Averages models with weights: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
@@ -136,29 +134,8 @@ def weighted_average(
   1.25
   """
   models = _method.check_models(models)
-  entries = _values.per_model(weights, len(models), "weights")
-  columns = [
-    _values.per_leaf(entry, models[0], f"weight {i}")
-    for i, entry in enumerate(entries)
-  ]
-  for leaf, values in zip(
-    tree.leaf_names(models[0]), zip(*columns, strict=True), strict=True
-  ):
-    _check_sum(values, leaf)
-  return _leafwise.merge(_average_rule(), models[0], models, entries, **options)
-
-
-def _check_sum(weights: Sequence[Any], leaf: str) -> None:
-  if any(_values.is_traced(weight) for weight in weights):
-    return
-  values = np.asarray([np.asarray(weight, np.float64) for weight in weights])
-  total, size = values.sum(), np.abs(values).sum()
-  # A sum as small as the rounding of the weights is noise.
-  if not abs(total) > np.finfo(np.float32).eps * size:
-    raise ValueError(
-      f"weights sum to {total:g} for leaf '{leaf}' and cannot be normalised;"
-      " give weights whose sum is not zero"
-    )
+  _weights.check_sums(weights, models[0], len(models))
+  return _leafwise.merge(_average_rule(), models[0], models, weights, **options)
 
 
 @functools.cache
@@ -183,7 +160,7 @@ def _ema_rule() -> _leafwise.LeafRule:
 
 
 def ema_method(
-  decay: Any = 0.9, **options: Unpack[_leafwise.MergeOptions]
+  decay: Any = 0.9, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
   """The running average as a method; see `ema`.
 
@@ -211,7 +188,7 @@ def ema(
   decay: Any = 0.9,
   *,
   weights: Any = None,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Exponential moving average over models, in their order.
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
-  _leafwise,
+  _gathered,
+  _leaves,
   _method,
   _multi_task,
   _sparsify,
@@ -27,7 +28,7 @@ _MULTI_TASK = ("task_arithmetic", "ties")
 
 
 def _is_used(base: Array, leaf: Array, vector: Array, factor: Array) -> Array:
-  tau = _leafwise.widen(leaf) - _leafwise.widen(base)
+  tau = _leaves.widen(leaf) - _leaves.widen(base)
   return jnp.abs(tau) >= factor.astype(tau.dtype) * jnp.abs(vector - tau)
 
 
@@ -50,14 +51,14 @@ def _keep_used(
   scale: Array,
   dtype: Any,
 ) -> Array:
-  wide = _leafwise.widen(base)
+  wide = _leaves.widen(base)
   kept = jnp.where(count >= min_tasks, vector, 0)
   return (wide + scale.astype(wide.dtype) * kept).astype(dtype)
 
 
 @jax.jit
 def _difference(base: Array, leaf: Array) -> Array:
-  return _leafwise.widen(leaf) - _leafwise.widen(base)
+  return _leaves.widen(leaf) - _leaves.widen(base)
 
 
 @jax.jit
@@ -71,7 +72,7 @@ def _factors(
   """The threshold of each merged leaf, one value a model."""
   entries = _values.per_model(tall_lambda, num_models, "values of tall_lambda")
   _values.check_range(entries, "tall_lambda", 0, float("inf"))
-  values = _leafwise.resolve({"tall_lambda": entries}, base, merged)
+  values = _leaves.resolve({"tall_lambda": entries}, base, merged)
   return [one["tall_lambda"] for one in values]
 
 
@@ -126,10 +127,10 @@ def tall_masks(
   if merged is not None:
     names, trees = [*names, "merged"], [*trees, merged]
   tree.check_match(*trees, names=names)
-  chosen = _leafwise.merged_leaves(base, select)
+  chosen = _leaves.merged_leaves(base, select)
   factors = _factors(tall_lambda, base, len(models), chosen)
   if not allow_nonfinite:
-    _leafwise.check_finite(trees, names, chosen)
+    _leaves.check_finite(trees, names, chosen)
   bases = [jax.tree.leaves(base)[leaf.place] for leaf in chosen]
   if merged is None:
     vectors = _multi_task.multi_task_vector(
@@ -224,7 +225,7 @@ def consensus_method(
   multi_task: str = "task_arithmetic",
   density: Any = 0.2,
   merge: str = "sum",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Consensus merging as a method, which keeps all models; see `consensus`.
 
@@ -258,7 +259,7 @@ def consensus_method(
     merge=merge,
     **options,
   )
-  return _multi_task.gathering_method(function, **options)
+  return _gathered.gathering_method(function, **options)
 
 
 def _check_options(
@@ -282,7 +283,7 @@ def consensus(
   multi_task: str = "task_arithmetic",
   density: Any = 0.2,
   merge: str = "sum",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Keeps the entries of the multi-task vector that several tasks use.
 
@@ -338,9 +339,9 @@ def consensus(
   names = ["base", *(f"model {i}" for i in range(len(models)))]
   tree.check_match(base, *models, names=names)
   select, dtype = options.get("select"), options.get("dtype")
-  merged = _leafwise.merged_leaves(base, select)
+  merged = _leaves.merged_leaves(base, select)
   factors = _factors(tall_lambda, base, len(models), merged)
-  scales = _leafwise.resolve({"scale": scale}, base, merged)
+  scales = _leaves.resolve({"scale": scale}, base, merged)
   combiner, sparsifier = _combine.total(), None
   if multi_task == "ties":
     combiner = _combine.elected("mass", merge, "majority", "vector")
@@ -373,7 +374,7 @@ def consensus(
         count,
         jnp.int32(min_tasks),
         values["scale"],
-        _leafwise.result_dtype(bases[leaf.place], dtype),
+        _leaves.result_dtype(bases[leaf.place], dtype),
       )
     )
-  return _leafwise.rebuild(base, merged, results, dtype)
+  return _leaves.rebuild(base, merged, results, dtype)

@@ -10,6 +10,7 @@ import jax
 from jaxmerge.merging import (
   _combine,
   _leafwise,
+  _leaves,
   _method,
   _sparsify,
   _task_vectors,
@@ -60,7 +61,7 @@ def dare_method(
   normalize: bool = False,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """DARE as a method; see `dare`.
 
@@ -104,7 +105,7 @@ def dare(
   normalize: bool = False,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Drops entries of the task vectors at random, rescales, and combines.
 
@@ -199,7 +200,7 @@ def della_method(
   normalize: bool = True,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """DELLA as a method; see `della`.
 
@@ -249,7 +250,7 @@ def della(
   normalize: bool = True,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Drops small entries more often than large ones, rescales, and combines.
 
@@ -336,7 +337,7 @@ def breadcrumbs_method(
   normalize: bool = False,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Breadcrumbs as a method; see `breadcrumbs`.
 
@@ -381,7 +382,7 @@ def breadcrumbs(
   normalize: bool = False,
   elect: str = "mass",
   zero_sign: str = "positive",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Drops each leaf's largest and smallest entries, and combines the rest.
 

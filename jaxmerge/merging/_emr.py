@@ -16,6 +16,7 @@ from jaxmerge.merging import (
   _combine,
   _consensus,
   _leafwise,
+  _leaves,
   _method,
   _multi_task,
   _task_vectors,
@@ -62,7 +63,7 @@ def _mask_leaf(
   base: Array, leaf: Array, vector: Array
 ) -> tuple[Array, Array, Array]:
   """The mask of one task, and the two sums that its scale is made of."""
-  tau = _leafwise.widen(leaf) - _leafwise.widen(base)
+  tau = _leaves.widen(leaf) - _leaves.widen(base)
   # Not the product, which may underflow.
   mask = jnp.sign(tau) * jnp.sign(vector) > 0
   masked = jnp.where(mask, jnp.abs(vector), 0)
@@ -73,13 +74,13 @@ def _mask_leaf(
 def _rebuild_leaf(
   base: Array, vector: Array, mask: Array, scale: Array
 ) -> Array:
-  wide = _leafwise.widen(base)
+  wide = _leaves.widen(base)
   tau = scale.astype(wide.dtype) * vector.astype(wide.dtype)
   return (wide + jnp.where(mask, tau, 0)).astype(base.dtype)
 
 
 def emr_unified_method(
-  *, scale: Any = 1.0, **options: Unpack[_leafwise.MergeOptions]
+  *, scale: Any = 1.0, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
   """The elected vector of EMR as a streamed method; see `emr_unified`.
 
@@ -108,7 +109,7 @@ def emr_unified(
   *,
   weights: Any = None,
   scale: Any = 1.0,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Adds the elected vector of EMR-Merging to the base.
 
@@ -153,7 +154,7 @@ def emr(
   models: Sequence[PyTree],
   *,
   weights: Any = None,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> EMR:
   r"""Elects a unified task vector, and a mask and a scale for each task.
 
@@ -204,7 +205,7 @@ def emr(
     select=select,
     allow_nonfinite=options.get("allow_nonfinite", False),
   )
-  merged = _leafwise.merged_leaves(base, select)
+  merged = _leaves.merged_leaves(base, select)
   bases = jax.tree.leaves(base)
   wide = np.result_type(np.float32, *(vector.dtype for vector in vectors))
   masks, scales = [], []
@@ -227,11 +228,11 @@ def emr(
   zeros = jax.tree.map(
     lambda leaf: jnp.zeros_like(leaf) if tree.is_float(leaf) else leaf, base
   )
-  unified = _leafwise.rebuild(
+  unified = _leaves.rebuild(
     zeros,
     merged,
     [
-      vector.astype(_leafwise.result_dtype(bases[leaf.place], dtype))
+      vector.astype(_leaves.result_dtype(bases[leaf.place], dtype))
       for leaf, vector in zip(merged, vectors, strict=True)
     ],
     dtype,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Protocol, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.merging import _leafwise, _method, _values
+from jaxmerge.merging import _leaves, _method
 
 PyTree = Any
 Array = jax.Array
@@ -30,6 +30,15 @@ class GatherRule(NamedTuple):
   merge: Callable[[Array, Sequence[Array], Array, dict[str, Array]], Array]
   min_models: int = 1
   max_models: int | None = None
+
+
+class MergeFn(Protocol):
+  """``merge(base, models, weights=weights) -> params``."""
+
+  def __call__(
+    self, base: PyTree, models: Sequence[PyTree], *, weights: Any
+  ) -> PyTree:
+    """Returns the merge of a list of models."""
 
 
 class GatheredState(NamedTuple):
@@ -55,10 +64,10 @@ def _merge_leaf(
   values: dict[str, Array],
   dtype: Any,
 ) -> Array:
-  wide = _leafwise.widen(base)
+  wide = _leaves.widen(base)
   return rule.merge(
     wide,
-    [_leafwise.widen(leaf) for leaf in leaves],
+    [_leaves.widen(leaf) for leaf in leaves],
     weights.astype(wide.dtype),
     values,
   ).astype(dtype)
@@ -79,16 +88,55 @@ def _check_number(rule: GatherRule, name: str, number: int) -> None:
   )
 
 
+def gathering_method(
+  merge_fn: MergeFn, **options: Unpack[_leaves.MergeOptions]
+) -> _method.MergeMethod:
+  """Makes a method of a function of a list: it keeps the models.
+
+  Its state grows with the number of models; leaf by leaf, it is small.
+
+  Args:
+    merge_fn: The function, with its options bound, the shared ones too.
+    **options: See `MergeOptions`.
+
+  Returns:
+    The method; its state is a `GatheredState`.
+  """
+
+  def check(params: PyTree, name: str, base: PyTree) -> None:
+    if not options.get("allow_nonfinite", False):
+      merged = _leaves.merged_leaves(base, options.get("select"))
+      _leaves.check_finite([params], [name], merged)
+
+  def init(base: PyTree) -> GatheredState:
+    check(base, "base", base)
+    return GatheredState(base, (), ())
+
+  def update(
+    state: GatheredState, params: PyTree, weight: Any = 1.0
+  ) -> GatheredState:
+    tree.check_match(state.base, params, names=["base", "params"])
+    check(params, "params", state.base)
+    return GatheredState(
+      state.base, (*state.models, params), (*state.weights, weight)
+    )
+
+  def finalize(state: GatheredState) -> PyTree:
+    if not state.models:
+      return _leaves.rebuild(state.base, [], [], options.get("dtype"))
+    return merge_fn(state.base, state.models, weights=state.weights)
+
+  return _method.MergeMethod(init, update, finalize)
+
+
 def gathered_method(
   rule: GatherRule,
   name: str,
   *,
   options: dict[str, Any] | None = None,
-  **shared: Unpack[_leafwise.MergeOptions],
+  **shared: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Makes a method of a rule that needs all models.
-
-  Its state grows with the number of models; leaf by leaf, it is small.
 
   Args:
     rule: The rule.
@@ -100,32 +148,8 @@ def gathered_method(
   Returns:
     The method; its state is a `GatheredState`.
   """
-
-  def init(base: PyTree) -> GatheredState:
-    return GatheredState(base, (), ())
-
-  def update(
-    state: GatheredState, params: PyTree, weight: Any = 1.0
-  ) -> GatheredState:
-    tree.check_match(state.base, params, names=["base", "params"])
-    return GatheredState(
-      state.base, (*state.models, params), (*state.weights, weight)
-    )
-
-  def finalize(state: GatheredState) -> PyTree:
-    if not state.models:
-      return state.base
-    return merge(
-      rule,
-      name,
-      state.base,
-      state.models,
-      state.weights,
-      options=options,
-      **shared,
-    )
-
-  return _method.MergeMethod(init, update, finalize)
+  merge_fn = functools.partial(merge, rule, name, options=options, **shared)
+  return gathering_method(merge_fn, **shared)
 
 
 def merge(
@@ -148,7 +172,7 @@ def merge(
     name: What messages call it.
     base: The base, see `MergeMethod`.
     models: The models.
-    weights: See `_leafwise.merge`, as the rest.
+    weights: See `_leaves.merge`, as the rest.
     options: Values by name.
     names: What messages call the base and the models.
     select: Leaves to merge.
@@ -165,35 +189,22 @@ def merge(
   """
   models = _method.check_models(models)
   _check_number(rule, name, len(models))
-  if names is None:
-    names = ["base", *(f"model {i}" for i in range(len(models)))]
-  tree.check_match(base, *models, names=names)
-  entries = _values.per_model(
-    1.0 if weights is None else weights, len(models), "weights"
+  parts = _leaves.take_apart(
+    base,
+    models,
+    weights,
+    select=select,
+    allow_nonfinite=allow_nonfinite,
+    names=names,
   )
-  columns = [
-    _values.per_leaf(entry, base, f"weight {i}")
-    for i, entry in enumerate(entries)
-  ]
-  merged = _leafwise.merged_leaves(base, select)
-  values = _leafwise.resolve(options or {}, base, merged)
-  if not allow_nonfinite:
-    _leafwise.check_finite([base, *models], names, merged)
-  bases = jax.tree.leaves(base)
-  all_leaves = [jax.tree.leaves(params) for params in models]
-  results = [
-    _merge_leaf(
-      rule,
-      bases[leaf.place],
-      [leaves[leaf.place] for leaves in all_leaves],
-      _leafwise.stack([column[leaf.place] for column in columns]),
-      one,
-      _leafwise.result_dtype(bases[leaf.place], dtype),
-    )
-    if np.size(bases[leaf.place])
-    else jnp.asarray(bases[leaf.place]).astype(
-      _leafwise.result_dtype(bases[leaf.place], dtype)
-    )
-    for leaf, one in zip(merged, values, strict=True)
-  ]
-  return _leafwise.rebuild(base, merged, results, dtype)
+  values = _leaves.resolve(options or {}, base, parts.merged)
+  results = []
+  for one, leaves, weight, value in zip(
+    parts.bases, parts.models, parts.weights, values, strict=True
+  ):
+    kind = _leaves.result_dtype(one, dtype)
+    if np.size(one):
+      results.append(_merge_leaf(rule, one, leaves, weight, value, kind))
+    else:
+      results.append(jnp.asarray(one).astype(kind))
+  return _leaves.rebuild(base, parts.merged, results, dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmerge.merging import (
   _gathered,
-  _leafwise,
+  _leaves,
   _method,
   _spherical,
   _values,
@@ -188,7 +188,7 @@ def karcher_mean_method(
   *,
   max_iter: int = 10,
   tol: Any = 1e-5,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """The Karcher mean as a method; see `karcher_mean`.
 
@@ -221,7 +221,7 @@ def karcher_mean(
   *,
   max_iter: int = 10,
   tol: Any = 1e-5,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Averages models along arcs of the sphere, leaf by leaf.
 
@@ -338,7 +338,7 @@ def karcher_info(
   )
   leaves = jax.tree.leaves(found)
   info = KarcherInfo({}, {}, {})
-  for leaf in _leafwise.merged_leaves(models[0], select):
+  for leaf in _leaves.merged_leaves(models[0], select):
     # A leaf without entries is left as it is.
     values = leaves[leaf.place] if leaves[leaf.place].size else jnp.zeros(3)
     done = values[2] > 0 if leaves[leaf.place].size else jnp.asarray(True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.merging import _method, _values
+from jaxmerge.merging import _leaves, _method, _values
 
 PyTree = Any
 Array = jax.Array
@@ -20,25 +19,6 @@ Array = jax.Array
 # So many models are merged by one kernel. A kernel is compiled for each number
 # of models, and one of too many inputs takes long to compile.
 _CHUNK = 16
-
-
-class MergeOptions(TypedDict, total=False):
-  """Options of every method.
-
-  Attributes:
-    select: Regular expression (`re.search`) or predicate of the names of the
-      leaves that are merged; the others are those of the base. By default all
-      floating-point leaves are merged.
-    dtype: Dtype of the floating-point leaves of the result; by default each
-      has that of the base.
-    allow_nonfinite: Whether NaN and infinity are let through. By default they
-      are an error that names the leaf, except within a transformation, where
-      values are not known.
-  """
-
-  select: str | Callable[[str], bool] | None
-  dtype: Any
-  allow_nonfinite: bool
 
 
 class Step(NamedTuple):
@@ -100,17 +80,26 @@ class LeafwiseState(NamedTuple):
   num_models: Array
 
 
-class _Leaf(NamedTuple):
-  """A leaf that is merged: its place among all leaves, and its name."""
+class _Batch(NamedTuple):
+  """What a kernel is told of some models, for one leaf.
 
-  place: int
-  name: str
-  seed: np.uint32
+  Attributes:
+    leaves: Their leaves.
+    weights: Their weights [n].
+    first: Place of the first of them among all models.
+    key: PRNG key; None without one.
+    seed: Number that makes the key one of the leaf.
+    values: The options' values; with an axis, one value a model.
+    statistics: What `LeafRule.prepare` found in each.
+  """
 
-
-def widen(leaf: Any) -> Array:
-  """A leaf in the dtype that it is computed in."""
-  return jnp.asarray(leaf).astype(tree.accumulation_dtype(leaf))
+  leaves: Sequence[Array]
+  weights: Array
+  first: jax.typing.ArrayLike
+  key: Array | None
+  seed: jax.typing.ArrayLike
+  values: dict[str, Array]
+  statistics: Sequence[Any]
 
 
 def _pick(values: dict[str, Array], index: Array) -> dict[str, Array]:
@@ -121,59 +110,46 @@ def _pick(values: dict[str, Array], index: Array) -> dict[str, Array]:
   }
 
 
+def _update(
+  rule: LeafRule, accumulator: Any, base: Array, batch: _Batch
+) -> Any:
+  key = batch.key
+  if key is not None:
+    key = jax.random.fold_in(key, batch.seed)
+  for i, leaf in enumerate(batch.leaves):
+    index = jnp.asarray(batch.first) + i
+    step = Step(
+      weight=batch.weights[i].astype(base.dtype),
+      key=None if key is None else jax.random.fold_in(key, index),
+      values=_pick(batch.values, index),
+      statistics=batch.statistics[i],
+    )
+    accumulator = rule.update(accumulator, base, _leaves.widen(leaf), step)
+  return accumulator
+
+
+def _accumulate(rule: LeafRule, base: Array, zero: Array, batch: _Batch) -> Any:
+  start = rule.init(base, zero.astype(base.dtype))
+  return _update(rule, start, base, batch)
+
+
 @functools.partial(jax.jit, static_argnames="rule")
 def _start(rule: LeafRule, base: Array, zero: Array) -> Any:
-  base = widen(base)
+  base = _leaves.widen(base)
   return rule.init(base, zero.astype(base.dtype))
-
-
-def _updates(
-  rule: LeafRule,
-  accumulator: Any,
-  base: Array,
-  leaves: Sequence[Array],
-  weights: Array,
-  index: Array,
-  key: Array | None,
-  values: dict[str, Array],
-  statistics: Sequence[Any],
-) -> Any:
-  for i, leaf in enumerate(leaves):
-    step = Step(
-      weight=weights[i].astype(base.dtype),
-      key=None if key is None else jax.random.fold_in(key, index + i),
-      values=_pick(values, index + i),
-      statistics=statistics[i],
-    )
-    accumulator = rule.update(accumulator, base, widen(leaf), step)
-  return accumulator
 
 
 @functools.partial(jax.jit, static_argnames="rule")
 def _advance(
-  rule: LeafRule,
-  accumulator: Any,
-  base: Array,
-  leaves: Sequence[Array],
-  weights: Array,
-  index: Array,
-  key: Array | None,
-  seed: Array,
-  values: dict[str, Array],
-  statistics: Sequence[Any],
+  rule: LeafRule, accumulator: Any, base: Array, batch: _Batch
 ) -> Any:
-  key = None if key is None else jax.random.fold_in(key, seed)
-  return _updates(
-    rule,
-    accumulator,
-    widen(base),
-    leaves,
-    weights,
-    index,
-    key,
-    values,
-    statistics,
-  )
+  return _update(rule, accumulator, _leaves.widen(base), batch)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _summarize(rule: LeafRule, accumulator: Any) -> Array:
+  assert rule.summarize is not None
+  return rule.summarize(accumulator)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "dtype"))
@@ -183,42 +159,36 @@ def _finish(
   base: Array,
   values: dict[str, Array],
   total: Array | None,
-  count: Array,
+  num_models: Array,
   dtype: Any,
 ) -> Array:
-  wide = widen(base)
+  wide = _leaves.widen(base)
   merged = rule.finalize(accumulator, wide, values, total)
-  return jnp.where(count == 0, wide, merged).astype(dtype)
+  return jnp.where(num_models == 0, wide, merged).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _summarize_all(
+  rule: LeafRule, base: Array, zero: Array, batch: _Batch
+) -> Array:
+  """The summary of all models without storing the accumulator."""
+  assert rule.summarize is not None
+  return rule.summarize(_accumulate(rule, _leaves.widen(base), zero, batch))
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "dtype"))
-def _merge_leaf(
+def _merge_all(
   rule: LeafRule,
   base: Array,
-  leaves: Sequence[Array],
-  weights: Array,
-  key: Array | None,
-  seed: Array,
-  values: dict[str, Array],
-  statistics: Sequence[Any],
-  total: Array | None,
   zero: Array,
+  batch: _Batch,
+  total: Array | None,
   dtype: Any,
 ) -> Array:
   """All at once: one kernel that reads each leaf once and keeps nothing."""
-  wide = widen(base)
-  accumulator = _updates(
-    rule,
-    rule.init(wide, zero.astype(wide.dtype)),
-    wide,
-    leaves,
-    weights,
-    jnp.int32(0),
-    None if key is None else jax.random.fold_in(key, seed),
-    values,
-    statistics,
-  )
-  return rule.finalize(accumulator, wide, values, total).astype(dtype)
+  wide = _leaves.widen(base)
+  accumulator = _accumulate(rule, wide, zero, batch)
+  return rule.finalize(accumulator, wide, batch.values, total).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -231,126 +201,10 @@ def _prepare(
 ) -> Any:
   assert rule.prepare is not None
   return rule.prepare(
-    [widen(base) for base in bases],
-    [widen(leaf) for leaf in leaves],
+    [_leaves.widen(base) for base in bases],
+    [_leaves.widen(leaf) for leaf in leaves],
     [_pick(one, index) for one in values],
   )
-
-
-@functools.partial(jax.jit, static_argnames="rule")
-def _summarize(rule: LeafRule, accumulator: Any) -> Array:
-  assert rule.summarize is not None
-  return rule.summarize(accumulator)
-
-
-@functools.partial(jax.jit, static_argnames="rule")
-def _summarize_models(
-  rule: LeafRule,
-  base: Array,
-  leaves: Sequence[Array],
-  weights: Array,
-  key: Array | None,
-  seed: Array,
-  values: dict[str, Array],
-  statistics: Sequence[Any],
-  zero: Array,
-) -> Array:
-  """The summary of all models without storing the accumulator."""
-  assert rule.summarize is not None
-  wide = widen(base)
-  return rule.summarize(
-    _updates(
-      rule,
-      rule.init(wide, zero.astype(wide.dtype)),
-      wide,
-      leaves,
-      weights,
-      jnp.int32(0),
-      None if key is None else jax.random.fold_in(key, seed),
-      values,
-      statistics,
-    )
-  )
-
-
-@jax.jit
-def _all_finite(leaf: Array) -> Array:
-  return jnp.isfinite(leaf).all()
-
-
-def merged_leaves(
-  base: PyTree, pattern: str | Callable[[str], bool] | None
-) -> list[_Leaf]:
-  """The leaves that are floating-point and selected."""
-  names = tree.leaf_names(base)
-  leaves = jax.tree.leaves(base)
-  chosen = [True] * len(names)
-  if pattern is not None:
-    chosen = jax.tree.leaves(tree.select(base, pattern))
-  return [
-    # Not hash(), which differs from process to process.
-    _Leaf(place, name, np.uint32(zlib.crc32(name.encode())))
-    for place, name in enumerate(names)
-    if chosen[place] and tree.is_float(leaves[place])
-  ]
-
-
-def check_finite(
-  trees: Sequence[PyTree], names: Sequence[str], merged: Sequence[_Leaf]
-) -> None:
-  """Raises for NaN or infinity in a leaf that is merged, unless traced."""
-  flags = []
-  for params, name in zip(trees, names, strict=True):
-    leaves = jax.tree.leaves(params)
-    for leaf in merged:
-      value = leaves[leaf.place]
-      if not _values.is_traced(value) and np.size(value):
-        # A known array that a traced function closes over is known still.
-        with jax.ensure_compile_time_eval():
-          flags.append((_all_finite(value), leaf.name, name))
-  for flag, leaf_name, name in flags:
-    if not flag:
-      raise ValueError(
-        f"leaf '{leaf_name}' of {name} holds NaN or infinity; mend it, or let"
-        " it through with allow_nonfinite=True"
-      )
-
-
-def resolve(
-  options: dict[str, Any],
-  base: PyTree,
-  merged: Sequence[_Leaf],
-  derive: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None,
-) -> list[dict[str, Array]]:
-  """The options' values for every merged leaf."""
-  leaves = jax.tree.leaves(base)
-  sizes = [int(np.size(leaves[leaf.place])) for leaf in merged]
-  found: list[dict[str, Any]] = [{} for _ in merged]
-  for name, value in options.items():
-    if isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value):
-      value = _values.per_model(value, len(value), name)
-    if isinstance(value, (list, tuple)):
-      columns = [_values.per_leaf(one, base, name) for one in value]
-      for one, leaf in zip(found, merged, strict=True):
-        one[name] = [column[leaf.place] for column in columns]
-    else:
-      column = _values.per_leaf(value, base, name)
-      for one, leaf in zip(found, merged, strict=True):
-        one[name] = column[leaf.place]
-  if derive is not None:
-    found = [
-      derive(one, size, sum(sizes))
-      for one, size in zip(found, sizes, strict=True)
-    ]
-  return [
-    {name: _as_array(value) for name, value in one.items()} for one in found
-  ]
-
-
-def _as_array(value: Any) -> Array:
-  if isinstance(value, list):
-    return jnp.stack([jnp.asarray(one) for one in value])
-  return jnp.asarray(value)
 
 
 def leafwise_method(
@@ -378,16 +232,16 @@ def leafwise_method(
   """
 
   def init(base: PyTree) -> LeafwiseState:
-    merged = merged_leaves(base, select)
+    merged = _leaves.merged_leaves(base, select)
     if not allow_nonfinite:
-      check_finite([base], ["base"], merged)
+      _leaves.check_finite([base], ["base"], merged)
     leaves = jax.tree.leaves(base)
     return LeafwiseState(
       base=base,
       accumulators=[
         _start(rule, leaves[leaf.place], np.float32(0)) for leaf in merged
       ],
-      values=resolve(options or {}, base, merged, rule.derive),
+      values=_leaves.resolve(options or {}, base, merged, rule.derive),
       num_models=jnp.zeros((), jnp.int32),
     )
 
@@ -395,9 +249,9 @@ def leafwise_method(
     state: LeafwiseState, params: PyTree, weight: Any = 1.0
   ) -> LeafwiseState:
     tree.check_match(state.base, params, names=["base", "params"])
-    merged = merged_leaves(state.base, select)
+    merged = _leaves.merged_leaves(state.base, select)
     if not allow_nonfinite:
-      check_finite([params], ["params"], merged)
+      _leaves.check_finite([params], ["params"], merged)
     weights = _values.per_leaf(weight, state.base, "weight")
     bases, leaves = jax.tree.leaves(state.base), jax.tree.leaves(params)
     statistics = None
@@ -414,13 +268,15 @@ def leafwise_method(
         rule,
         accumulator,
         bases[leaf.place],
-        (leaves[leaf.place],),
-        stack([weights[leaf.place]]),
-        state.num_models,
-        key,
-        leaf.seed,
-        values,
-        (statistics,),
+        _Batch(
+          (leaves[leaf.place],),
+          _leaves.stack([weights[leaf.place]]),
+          state.num_models,
+          key,
+          leaf.seed,
+          values,
+          (statistics,),
+        ),
       )
       for leaf, accumulator, values in zip(
         merged, state.accumulators, state.values, strict=True
@@ -431,7 +287,7 @@ def leafwise_method(
     )
 
   def finalize(state: LeafwiseState) -> PyTree:
-    merged = merged_leaves(state.base, select)
+    merged = _leaves.merged_leaves(state.base, select)
     total = None
     if rule.summarize is not None and state.accumulators:
       total = sum(_summarize(rule, one) for one in state.accumulators)
@@ -444,36 +300,15 @@ def leafwise_method(
         values,
         total,
         state.num_models,
-        result_dtype(bases[leaf.place], dtype),
+        _leaves.result_dtype(bases[leaf.place], dtype),
       )
       for leaf, accumulator, values in zip(
         merged, state.accumulators, state.values, strict=True
       )
     ]
-    return rebuild(state.base, merged, results, dtype)
+    return _leaves.rebuild(state.base, merged, results, dtype)
 
   return _method.MergeMethod(init, update, finalize)
-
-
-def result_dtype(leaf: Any, dtype: Any) -> np.dtype:
-  """The dtype of a merged leaf: the one asked for, or its own."""
-  return np.dtype(jnp.asarray(leaf).dtype if dtype is None else dtype)
-
-
-def rebuild(
-  base: PyTree, merged: Sequence[_Leaf], results: Sequence[Array], dtype: Any
-) -> PyTree:
-  """The base with the merged leaves in their places."""
-  treedef: Any = jax.tree.structure(base)
-  leaves = jax.tree.leaves(base)
-  if dtype is not None:
-    leaves = [
-      jnp.asarray(leaf).astype(dtype) if tree.is_float(leaf) else leaf
-      for leaf in leaves
-    ]
-  for leaf, result in zip(merged, results, strict=True):
-    leaves[leaf.place] = result
-  return treedef.unflatten(leaves)
 
 
 def merge(
@@ -513,122 +348,69 @@ def merge(
     TreeMismatchError: If a model differs from the base.
     ValueError: If there are no models, or a value is missing or out of range.
   """
-  models = _method.check_models(models)
-  if names is None:
-    names = ["base", *(f"model {i}" for i in range(len(models)))]
-  tree.check_match(base, *models, names=names)
-  entries = _values.per_model(
-    1.0 if weights is None else weights, len(models), "weights"
+  parts = _leaves.take_apart(
+    base,
+    models,
+    weights,
+    select=select,
+    allow_nonfinite=allow_nonfinite,
+    names=names,
   )
-  per_leaf = [
-    _values.per_leaf(entry, base, f"weight {i}")
-    for i, entry in enumerate(entries)
-  ]
-  merged = merged_leaves(base, select)
-  values = resolve(options or {}, base, merged, rule.derive)
-  if not allow_nonfinite:
-    check_finite([base, *models], names, merged)
-  bases = jax.tree.leaves(base)
-  all_leaves = [jax.tree.leaves(params) for params in models]
-  statistics: list[Any] = [None] * len(models)
+  merged, bases = parts.merged, parts.bases
+  values = _leaves.resolve(options or {}, base, merged, rule.derive)
+  count = len(models)
+  statistics: list[Any] = [None] * count
   if rule.prepare is not None:
     statistics = [
       _prepare(
-        rule,
-        [bases[leaf.place] for leaf in merged],
-        [leaves[leaf.place] for leaf in merged],
-        values,
-        np.int32(i),
+        rule, bases, [leaves[i] for leaves in parts.models], values, np.int32(i)
       )
-      for i, leaves in enumerate(all_leaves)
+      for i in range(count)
     ]
   zero = np.float32(0)
-  inputs = [
-    (
-      [leaves[leaf.place] for leaves in all_leaves],
-      stack([column[leaf.place] for column in per_leaf]),
-    )
-    for leaf in merged
-  ]
-  dtypes = [result_dtype(bases[leaf.place], dtype) for leaf in merged]
-  total: Any = None
-  if len(models) <= _CHUNK:
-    if rule.summarize is not None:
-      total = sum(
-        _summarize_models(
-          rule,
-          bases[leaf.place],
-          leaves,
-          scalars,
-          key,
-          leaf.seed,
-          one,
-          statistics,
-          zero,
-        )
-        for leaf, (leaves, scalars), one in zip(
-          merged, inputs, values, strict=True
-        )
-      )
-    results = [
-      _merge_leaf(
-        rule,
-        bases[leaf.place],
-        leaves,
-        scalars,
-        key,
-        leaf.seed,
-        one,
-        statistics,
-        total,
-        zero,
-        result_dtype,
-      )
-      for leaf, (leaves, scalars), one, result_dtype in zip(
-        merged, inputs, values, dtypes, strict=True
-      )
-    ]
-    return rebuild(base, merged, results, dtype)
-  accumulators = []
-  for leaf, (leaves, scalars), one in zip(merged, inputs, values, strict=True):
-    accumulator = _start(rule, bases[leaf.place], zero)
-    for first in range(0, len(models), _CHUNK):
-      chunk = slice(first, first + _CHUNK)
-      accumulator = _advance(
-        rule,
-        accumulator,
-        bases[leaf.place],
-        leaves[chunk],
-        scalars[chunk],
+  # For each leaf the models by the batch, mostly one.
+  batches = [
+    [
+      _Batch(
+        leaves[first : first + _CHUNK],
+        weight[first : first + _CHUNK],
         np.int32(first),
         key,
         leaf.seed,
         one,
-        statistics[chunk],
+        statistics[first : first + _CHUNK],
       )
+      for first in range(0, count, _CHUNK)
+    ]
+    for leaf, leaves, weight, one in zip(
+      merged, parts.models, parts.weights, values, strict=True
+    )
+  ]
+  dtypes = [_leaves.result_dtype(one, dtype) for one in bases]
+  total: Any = None
+  if count <= _CHUNK:
+    if rule.summarize is not None:
+      total = sum(
+        _summarize_all(rule, one, zero, batch)
+        for one, (batch,) in zip(bases, batches, strict=True)
+      )
+    results = [
+      _merge_all(rule, one, zero, batch, total, result)
+      for one, (batch,), result in zip(bases, batches, dtypes, strict=True)
+    ]
+    return _leaves.rebuild(base, merged, results, dtype)
+  accumulators = []
+  for one, several in zip(bases, batches, strict=True):
+    accumulator = _start(rule, one, zero)
+    for batch in several:
+      accumulator = _advance(rule, accumulator, one, batch)
     accumulators.append(accumulator)
   if rule.summarize is not None:
     total = sum(_summarize(rule, one) for one in accumulators)
   results = [
-    _finish(
-      rule,
-      accumulator,
-      bases[leaf.place],
-      one,
-      total,
-      np.int32(len(models)),
-      result_dtype,
-    )
-    for leaf, accumulator, one, result_dtype in zip(
-      merged, accumulators, values, dtypes, strict=True
+    _finish(rule, accumulator, one, batch.values, total, np.int32(count), kind)
+    for accumulator, one, (batch, *_), kind in zip(
+      accumulators, bases, batches, dtypes, strict=True
     )
   ]
-  return rebuild(base, merged, results, dtype)
-
-
-def stack(scalars: Sequence[Any]) -> Any:
-  """One array of scalars, on the host unless one is on a device."""
-  dtype = jnp.result_type(float)
-  if any(isinstance(scalar, jax.Array) for scalar in scalars):
-    return jnp.stack([jnp.asarray(scalar, dtype) for scalar in scalars])
-  return np.array(scalars, dtype)
+  return _leaves.rebuild(base, merged, results, dtype)

@@ -7,7 +7,13 @@ from typing import Any, Unpack
 
 import jax
 
-from jaxmerge.merging import _combine, _leafwise, _method, _task_vectors
+from jaxmerge.merging import (
+  _combine,
+  _leafwise,
+  _leaves,
+  _method,
+  _task_vectors,
+)
 
 PyTree = Any
 
@@ -17,7 +23,7 @@ def _rule() -> _leafwise.LeafRule:
 
 
 def magmax_method(
-  *, scale: Any = 0.5, **options: Unpack[_leafwise.MergeOptions]
+  *, scale: Any = 0.5, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
   """MagMax as a method that keeps one running vector; see `magmax`.
 
@@ -44,7 +50,7 @@ def magmax(
   *,
   weights: Any = None,
   scale: Any = 0.5,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Takes, per parameter, the task vector of the largest magnitude.
 
@@ -86,7 +92,7 @@ def magmax(
 
 
 def max_abs_method(
-  *, scale: Any = 0.5, **options: Unpack[_leafwise.MergeOptions]
+  *, scale: Any = 0.5, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
   """`magmax_method` by the name it has for independent fine-tunings.
 
@@ -111,7 +117,7 @@ def max_abs(
   *,
   weights: Any = None,
   scale: Any = 0.5,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   """The rule of `magmax`, by the name it has for independent fine-tunings.
 
@@ -143,7 +149,7 @@ def random_mix_method(
   key: jax.Array,
   *,
   scale: Any = 1.0,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Random mixing as a method; see `random_mix`.
 
@@ -172,7 +178,7 @@ def random_mix(
   *,
   weights: Any = None,
   scale: Any = 1.0,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Takes, per parameter, the task vector of one model drawn at random.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmerge.merging import (
   _gathered,
-  _leafwise,
+  _leaves,
   _method,
   _spherical,
   _weights,
@@ -62,7 +62,7 @@ def model_stock_method(
   filter_wise: bool = False,
   axis: int | tuple[int, ...] = -1,
   clip: bool = False,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Model Stock as a method of two models or more; see `model_stock`.
 
@@ -100,7 +100,7 @@ def model_stock(
   filter_wise: bool = False,
   axis: int | tuple[int, ...] = -1,
   clip: bool = False,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Goes from the base to the mean of models as far as their angles say.
 

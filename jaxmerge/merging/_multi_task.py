@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,14 @@ import numpy as np
 from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
-  _gathered,
   _leafwise,
-  _method,
+  _leaves,
   _sparsify,
   _task_vectors,
 )
 
 PyTree = Any
 Array = jax.Array
-
-
-class MergeFn(Protocol):
-  """``merge(base, models, weights=weights) -> params``."""
-
-  def __call__(
-    self, base: PyTree, models: Sequence[PyTree], *, weights: Any
-  ) -> PyTree:
-    """Returns the merge of a list of models."""
 
 
 @functools.cache
@@ -77,7 +67,7 @@ def multi_task_vector(
     TreeMismatchError: If a model differs from the base.
     ValueError: As `_leafwise.merge`.
   """
-  merged = _leafwise.merged_leaves(base, select)
+  merged = _leaves.merged_leaves(base, select)
   leaves = jax.tree.leaves(base)
   dtypes = [tree.accumulation_dtype(leaves[leaf.place]) for leaf in merged]
   vector = _leafwise.merge(
@@ -95,51 +85,6 @@ def multi_task_vector(
     leaves[leaf.place].astype(dtype)
     for leaf, dtype in zip(merged, dtypes, strict=True)
   ]
-
-
-def gathering_method(
-  merge: MergeFn,
-  *,
-  select: str | Callable[[str], bool] | None = None,
-  dtype: Any = None,
-  allow_nonfinite: bool = False,
-) -> _method.MergeMethod:
-  """Makes a method of a function of a list: it keeps the models.
-
-  Args:
-    merge: The function, with its options bound.
-    select: See `MergeOptions`, as the rest.
-    dtype: Dtype of the result.
-    allow_nonfinite: Whether NaN and infinity are let through.
-
-  Returns:
-    The method; its state is a `GatheredState`.
-  """
-
-  def check(params: PyTree, name: str, base: PyTree) -> None:
-    if not allow_nonfinite:
-      merged = _leafwise.merged_leaves(base, select)
-      _leafwise.check_finite([params], [name], merged)
-
-  def init(base: PyTree) -> _gathered.GatheredState:
-    check(base, "base", base)
-    return _gathered.GatheredState(base, (), ())
-
-  def update(
-    state: _gathered.GatheredState, params: PyTree, weight: Any = 1.0
-  ) -> _gathered.GatheredState:
-    tree.check_match(state.base, params, names=["base", "params"])
-    check(params, "params", state.base)
-    return _gathered.GatheredState(
-      state.base, (*state.models, params), (*state.weights, weight)
-    )
-
-  def finalize(state: _gathered.GatheredState) -> PyTree:
-    if not state.models:
-      return _leafwise.rebuild(state.base, [], [], dtype)
-    return merge(state.base, state.models, weights=state.weights)
-
-  return _method.MergeMethod(init, update, finalize)
 
 
 def shaped_like(leaf: Any, dtype: Any) -> Array:

@@ -10,7 +10,13 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.merging import _gathered, _leafwise, _method, _values, _weights
+from jaxmerge.merging import (
+  _gathered,
+  _leaves,
+  _method,
+  _values,
+  _weights,
+)
 
 PyTree = Any
 Array = jax.Array
@@ -41,7 +47,7 @@ def _rule() -> _gathered.GatherRule:
 
 
 def nearswap_method(
-  t: Any, **options: Unpack[_leafwise.MergeOptions]
+  t: Any, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
   """NearSwap as a method of one model; see `nearswap`.
 
@@ -69,7 +75,7 @@ def nearswap(
   base: PyTree,
   model: PyTree,
   t: Any,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Moves each parameter of the base towards a model, but not beyond t.
 

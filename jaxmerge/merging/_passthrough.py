@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge import tree
-from jaxmerge.merging import _leafwise, _method, _values
+from jaxmerge.merging import _leaves, _method, _values
 
 PyTree = Any
 KeyPath = tuple[Any, ...]
@@ -182,7 +182,7 @@ def _scaled(layer: PyTree, scale: Any, name: str) -> PyTree:
     jax.tree.leaves(layer), _values.per_leaf(scale, layer, name), strict=True
   ):
     if tree.is_float(leaf):
-      wide = _leafwise.widen(leaf)
+      wide = _leaves.widen(leaf)
       scaled = wide * jnp.asarray(factor).astype(wide.dtype)
       leaf = scaled.astype(jnp.asarray(leaf).dtype)
     leaves.append(leaf)
@@ -325,7 +325,7 @@ def passthrough(
         )
       number += 1
   result = _fill(models[rest], "", layers[rest], new)
-  merged = _leafwise.merged_leaves(result, None)
+  merged = _leaves.merged_leaves(result, None)
   if not allow_nonfinite:
-    _leafwise.check_finite([result], ["the result"], merged)
-  return _leafwise.rebuild(result, [], [], dtype) if dtype else result
+    _leaves.check_finite([result], ["the result"], merged)
+  return _leaves.rebuild(result, [], [], dtype) if dtype else result

@@ -14,9 +14,8 @@ from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
   _gathered,
-  _leafwise,
+  _leaves,
   _method,
-  _multi_task,
   _threshold,
   _values,
 )
@@ -88,7 +87,7 @@ def sce_method(
   *,
   select_topk: Any = 1.0,
   scale: Any = 1.0,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """SCE as a method, which keeps all models until the end; see `sce`.
 
@@ -111,7 +110,7 @@ def sce_method(
   merge = functools.partial(
     sce, select_topk=select_topk, scale=scale, **options
   )
-  return _multi_task.gathering_method(merge, **options)
+  return _gathered.gathering_method(merge, **options)
 
 
 def sce(
@@ -121,7 +120,7 @@ def sce(
   weights: Any = None,
   select_topk: Any = 1.0,
   scale: Any = 1.0,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Selects by variance, calculates coefficients, and erases minorities.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmerge.merging import (
   _gathered,
-  _leafwise,
+  _leaves,
   _method,
   _spherical,
   _values,
@@ -45,7 +45,7 @@ def slerp_method(
   *,
   t: Any = 0.5,
   threshold: Any = 0.9995,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Spherical interpolation as a method of two models; see `slerp`.
 
@@ -84,7 +84,7 @@ def slerp(
   t: Any = 0.5,
   *,
   threshold: Any = 0.9995,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Interpolates two models along the great circle, leaf by leaf.
 
@@ -164,7 +164,7 @@ def nuslerp_method(
   task_vectors: bool = False,
   flatten: bool = True,
   axis: int | tuple[int, ...] = -1,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Weighted spherical interpolation as a method; see `nuslerp`.
 
@@ -202,7 +202,7 @@ def nuslerp(
   *,
   flatten: bool = True,
   axis: int | tuple[int, ...] = -1,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Interpolates two models, or their task vectors, by their weights.
 
@@ -296,7 +296,7 @@ def multislerp_method(
   task_vectors: bool = False,
   normalize_weights: bool = True,
   eps: Any = 1e-6,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Barycentric interpolation on a sphere as a method; see `multislerp`.
 
@@ -335,7 +335,7 @@ def multislerp(
   *,
   normalize_weights: bool = True,
   eps: Any = 1e-6,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Interpolates any number of models on the sphere, leaf by leaf.
 

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from jaxmerge import tree
-from jaxmerge.merging import _combine, _leafwise, _method, _task_vectors
+from jaxmerge.merging import (
+  _combine,
+  _leafwise,
+  _leaves,
+  _method,
+  _task_vectors,
+)
 
 PyTree = Any
 
@@ -19,7 +25,7 @@ def task_arithmetic_method(
   *,
   scale: Any = 1.0,
   normalize: bool = False,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """Task arithmetic as a method; see `task_arithmetic`.
 
@@ -48,7 +54,7 @@ def task_arithmetic(
   weights: Any = None,
   scale: Any = 1.0,
   normalize: bool = False,
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Adds task vectors to the base.
 

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from jaxmerge.merging import (
   _combine,
   _leafwise,
+  _leaves,
   _method,
   _sparsify,
   _task_vectors,
@@ -44,7 +45,7 @@ def ties_method(
   elect: str = "mass",
   merge: str = "mean",
   zero_sign: str = "majority",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """TIES as a method; see `ties`.
 
@@ -85,7 +86,7 @@ def ties(
   elect: str = "mass",
   merge: str = "mean",
   zero_sign: str = "majority",
-  **options: Unpack[_leafwise.MergeOptions],
+  **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Trims task vectors, elects a sign per parameter, and merges what agrees.
 
