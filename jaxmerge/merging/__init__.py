@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from jaxmerge.merging._analysis import (
   SelectedShares,
-  SignConflicts,
   UpdateConsistency,
   cosine_matrix,
-  keep,
   selected_shares,
-  sign_conflicts,
   update_consistency,
 )
 from jaxmerge.merging._arcee_fusion import (
@@ -23,20 +20,15 @@ from jaxmerge.merging._average import (
   ema_method,
   weighted_average,
 )
+from jaxmerge.merging._breadcrumbs import breadcrumbs, breadcrumbs_method
 from jaxmerge.merging._consensus import (
   consensus,
   consensus_method,
   localize,
   tall_masks,
 )
-from jaxmerge.merging._dropped import (
-  breadcrumbs,
-  breadcrumbs_method,
-  dare,
-  dare_method,
-  della,
-  della_method,
-)
+from jaxmerge.merging._dare import dare, dare_method
+from jaxmerge.merging._della import della, della_method
 from jaxmerge.merging._emr import (
   EMR,
   emr,
@@ -50,6 +42,7 @@ from jaxmerge.merging._karcher import (
   karcher_mean,
   karcher_mean_method,
 )
+from jaxmerge.merging._keep import keep
 from jaxmerge.merging._leafwise import LeafwiseState
 from jaxmerge.merging._leaves import MergeOptions
 from jaxmerge.merging._magmax import (
@@ -74,6 +67,7 @@ from jaxmerge.merging._passthrough import (
   passthrough,
 )
 from jaxmerge.merging._sce import sce, sce_method
+from jaxmerge.merging._sign_conflicts import SignConflicts, sign_conflicts
 from jaxmerge.merging._slerp import (
   multislerp,
   multislerp_method,

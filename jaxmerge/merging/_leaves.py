@@ -121,7 +121,8 @@ def resolve(
   for name, value in options.items():
     if isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value):
       value = _values.per_model(value, len(value), name)
-    if isinstance(value, (list, tuple)):
+    # A NamedTuple is a prefix of a base of its kind.
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
       columns = [_values.per_leaf(one, base, name) for one in value]
       for one, leaf in zip(found, merged, strict=True):
         one[name] = [column[leaf.place] for column in columns]

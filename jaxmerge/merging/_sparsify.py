@@ -85,7 +85,8 @@ def magnitude(scope: str, rescale: str | None = None) -> Sparsifier:
     least = step.statistics
     if scope == "leaf":
       least = _threshold.kth_largest_bits([tau], step.values["keep"])
-    kept = jnp.where(_threshold.magnitude_bits(tau) >= least, tau, 0)
+    bits = _threshold.magnitude_bits(tau, least.dtype)
+    kept = jnp.where(bits >= least, tau, 0)
     return _rescale(tau, kept, rescale, step.values["density"])
 
   return Sparsifier(apply, derive, prepare if scope == "vector" else None)

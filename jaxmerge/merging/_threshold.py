@@ -38,12 +38,22 @@ def keep_count(density: Any, size: int) -> np.uint32:
   return np.uint32(min(size, max(1, int(float(density) * size))))
 
 
-def magnitude_bits(x: Array) -> Array:
-  """Unsigned integers in the order of the magnitudes of real numbers."""
+def magnitude_bits(x: Array, dtype: Any = jnp.uint32) -> Array:
+  """Integers in the order of the magnitudes of numbers.
+
+  Args:
+    x: Numbers, complex ones too.
+    dtype: uint32 or uint64, not narrower than the magnitudes: that of another
+      array's bits, to be compared with.
+
+  Returns:
+    Unsigned integers of the shape of `x`.
+  """
   # The bit patterns of IEEE numbers that are not negative are in their order.
   magnitude = jnp.abs(x)
+  size = max(jnp.dtype(dtype).itemsize, magnitude.dtype.itemsize)
   return jax.lax.bitcast_convert_type(
-    magnitude, jnp.dtype(f"uint{8 * magnitude.dtype.itemsize}")
+    magnitude.astype(f"float{8 * size}"), jnp.dtype(f"uint{8 * size}")
   )
 
 
@@ -54,14 +64,16 @@ def kth_largest_bits(leaves: Sequence[Array], k: Array) -> Array:
   bit takes one pass that counts, so that nothing is sorted or copied.
 
   Args:
-    leaves: Real arrays of one dtype.
+    leaves: Arrays; their dtypes may differ.
     k: Which one, from 1; at most the number of entries.
 
   Returns:
     The magnitude as `magnitude_bits`; those that are not below it are the k
     largest, and more where there are equals.
   """
-  bits = [magnitude_bits(leaf) for leaf in leaves]
+  sizes = [jnp.abs(leaf).dtype.itemsize for leaf in leaves]
+  widest = jnp.dtype(f"uint{8 * max(4, *sizes)}")
+  bits = [magnitude_bits(leaf, widest) for leaf in leaves]
   dtype = bits[0].dtype
   # The sign's bit is never set.
   top = 8 * dtype.itemsize - 2

@@ -25,6 +25,18 @@ def check_elect(elect: str, merge: str, zero_sign: str) -> None:
   _sparsify.check_choice(zero_sign, "zero_sign", ("majority", "positive"))
 
 
+def agreeing(
+  variant: str, normalize: bool, elect: str, zero_sign: str
+) -> _combine.Combiner:
+  """A sum, or the sum or mean of the entries that agree in sign."""
+  _sparsify.check_choice(variant, "variant", ("linear", "ties"))
+  merge = "mean" if normalize else "sum"
+  check_elect(elect, merge, zero_sign)
+  if variant == "linear":
+    return _combine.total(normalize)
+  return _combine.elected(elect, merge, zero_sign, "leaf")
+
+
 def _rule(
   density: Any, scope: str, elect: str, merge: str, zero_sign: str
 ) -> _leafwise.LeafRule:
