@@ -21,6 +21,7 @@ from jaxmerge.merging._average import (
   weighted_average,
 )
 from jaxmerge.merging._breadcrumbs import breadcrumbs, breadcrumbs_method
+from jaxmerge.merging._by_leaf import LazyLeaf, merge_leaves
 from jaxmerge.merging._consensus import (
   consensus,
   consensus_method,
@@ -66,6 +67,13 @@ from jaxmerge.merging._passthrough import (
   LayerSlice,
   passthrough,
 )
+from jaxmerge.merging._registry import (
+  MethodInfo,
+  RegisteredMethod,
+  get,
+  info,
+  names,
+)
 from jaxmerge.merging._sce import sce, sce_method
 from jaxmerge.merging._sign_conflicts import SignConflicts, sign_conflicts
 from jaxmerge.merging._slerp import (
@@ -87,9 +95,12 @@ __all__ = (
   "EMR",
   "KarcherInfo",
   "LayerSlice",
+  "LazyLeaf",
   "LeafwiseState",
   "MergeMethod",
   "MergeOptions",
+  "MethodInfo",
+  "RegisteredMethod",
   "SelectedShares",
   "SignConflicts",
   "UpdateConsistency",
@@ -113,6 +124,8 @@ __all__ = (
   "emr_unified",
   "emr_unified_method",
   "fold",
+  "get",
+  "info",
   "karcher_info",
   "karcher_mean",
   "karcher_mean_method",
@@ -122,10 +135,12 @@ __all__ = (
   "magmax_method",
   "max_abs",
   "max_abs_method",
+  "merge_leaves",
   "model_stock",
   "model_stock_method",
   "multislerp",
   "multislerp_method",
+  "names",
   "nearswap",
   "nearswap_method",
   "nuslerp",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import jax
+
 from jaxmerge.merging import (
   _combine,
   _leafwise,
@@ -37,12 +39,25 @@ def agreeing(
   return _combine.elected(elect, merge, zero_sign, "leaf")
 
 
-def _rule(
+def check_options(
   density: Any, scope: str, elect: str, merge: str, zero_sign: str
-) -> _leafwise.LeafRule:
+) -> None:
+  """Raises for options of `ties` that are unknown or out of their range."""
   _values.check_range(density, "density", 0, 1, open_low=True)
   _sparsify.check_choice(scope, "scope", _sparsify.SCOPES)
   check_elect(elect, merge, zero_sign)
+  entries = density if isinstance(density, (list, tuple)) else [density]
+  if scope == "vector" and not jax.tree_util.all_leaves(entries):
+    raise ValueError(
+      "densities differ from leaf to leaf, but the threshold is one of the"
+      " whole vector; trim leaf by leaf with scope='leaf'"
+    )
+
+
+def _rule(
+  density: Any, scope: str, elect: str, merge: str, zero_sign: str
+) -> _leafwise.LeafRule:
+  check_options(density, scope, elect, merge, zero_sign)
   return _task_vectors.task_vector_rule(
     _combine.elected(elect, merge, zero_sign, scope),
     _sparsify.magnitude(scope),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.struct
@@ -18,56 +17,68 @@ from jaxmerge import merging, tree
 KEY = jax.random.key(7)
 
 
-def _list_of(fn, **options):
-  return lambda base, models, **more: fn(base, models, **options, **more)
+class Case(NamedTuple):
+  """A method with options, and what is expected of it.
+
+  Attributes:
+    method: The method.
+    symmetric: Whether the order of the models is of no account.
+    fixed: Whether equal models give that model.
+  """
+
+  method: merging.RegisteredMethod
+  symmetric: bool = True
+  fixed: bool = False
+
+  @property
+  def num_models(self) -> int:
+    return min(3, self.method.info.max_models or 3)
 
 
-# Name: the function of a list, the same method streamed, whether leaves are
-# merged apart, whether the order of the models is of no account.
-METHODS = {
-  "average": (
-    lambda base, models, **more: (
-      merging.average(models, **more)
-      if "weights" not in more
-      else merging.weighted_average(models, **more)
-    ),
-    merging.average_method,
-    True,
-    True,
-  ),
-  "ema": (
-    _list_of(merging.ema, decay=0.7),
-    functools.partial(merging.ema_method, 0.7),
-    True,
-    False,
-  ),
-}
-for _name, _options, _leafwise, _symmetric in (
-  ("task_arithmetic", {"scale": 0.3}, True, True),
-  ("task_arithmetic", {"normalize": True}, True, True),
-  ("magmax", {"scale": 0.5}, True, True),
-  ("max_abs", {"scale": 1.0}, True, True),
-  ("random_mix", {"key": KEY}, True, False),
-  ("ties", {"density": 0.4}, False, True),
-  ("ties", {"density": 0.4, "scope": "leaf"}, True, True),
-  ("ties", {"elect": "count", "merge": "sum"}, False, True),
-  ("ties", {"merge": "max", "zero_sign": "positive"}, False, True),
-  ("dare", {"key": KEY}, True, False),
-  ("dare", {"key": KEY, "variant": "ties", "rescale": "l1"}, True, False),
-  ("della", {"key": KEY}, True, False),
-  ("della", {"key": KEY, "variant": "linear"}, True, False),
-  ("breadcrumbs", {"density": 0.5, "gamma": 0.2}, True, True),
-  ("breadcrumbs", {"variant": "ties", "normalize": True}, True, True),
-):
-  _label = "_".join(
-    [_name, *(str(value) for key, value in _options.items() if key != "key")]
-  )
-  METHODS[_label] = (
-    _list_of(getattr(merging, _name), **_options),
-    functools.partial(getattr(merging, f"{_name}_method"), **_options),
-    _leafwise,
-    _symmetric,
-  )
+def _cases():
+  """The cases by a label."""
+  found = {}
+  for name, symmetric, fixed, options in (
+    ("arcee_fusion", True, False, {}),
+    ("average", True, True, {}),
+    ("breadcrumbs", True, False, {"density": 0.5, "gamma": 0.2}),
+    ("breadcrumbs", True, False, {"variant": "ties", "normalize": True}),
+    ("consensus", True, False, {"tall_lambda": 0.6}),
+    ("consensus", True, False, {"multi_task": "ties", "min_tasks": 1}),
+    ("dare", False, False, {}),
+    ("dare", False, False, {"variant": "ties", "rescale": "l1"}),
+    ("della", False, False, {}),
+    ("della", False, False, {"variant": "linear"}),
+    ("ema", False, False, {"decay": 0.7}),
+    ("emr_unified", True, True, {}),
+    ("karcher_mean", True, True, {}),
+    ("magmax", True, False, {"scale": 0.5}),
+    ("max_abs", True, True, {"scale": 1.0}),
+    ("model_stock", True, True, {}),
+    ("multislerp", True, True, {}),
+    ("multislerp", True, True, {"task_vectors": True}),
+    ("nearswap", True, False, {"t": 0.1}),
+    ("nuslerp", True, True, {}),
+    ("nuslerp", True, True, {"task_vectors": True, "flatten": False}),
+    ("random_mix", False, True, {}),
+    ("sce", True, True, {}),
+    ("sce", True, False, {"select_topk": 0.4}),
+    ("slerp", True, True, {}),
+    ("task_arithmetic", True, False, {"scale": 0.3}),
+    ("task_arithmetic", True, True, {"normalize": True}),
+    ("ties", True, False, {"density": 0.4}),
+    ("ties", True, True, {"density": 1.0, "scope": "leaf"}),
+    ("ties", True, False, {"elect": "count", "merge": "sum"}),
+    ("ties", True, False, {"merge": "max", "zero_sign": "positive"}),
+    ("weighted_average", True, True, {}),
+  ):
+    label = "_".join([name, *(str(value) for value in options.values())])
+    found[label] = Case(merging.get(name, **options), symmetric, fixed)
+  return found
+
+
+CASES = _cases()
+ALL = [(label,) for label in CASES]
 
 
 def _params(seed, dtype=jnp.float32):
@@ -90,19 +101,48 @@ def _models(count=3, dtype=jnp.float32):
   return [_params(seed, dtype) for seed in range(1, count + 1)]
 
 
+def _give(case, models, **given):
+  """What else the method needs."""
+  info = case.method.info
+  if info.needs_weights:
+    given.setdefault("weights", [1.0] * len(models))
+  return {**given, "key": KEY} if info.needs_key else given
+
+
+def _merge(case, base, models, **options):
+  """Merges a list."""
+  given = {name: options.pop(name) for name in ("weights",) if name in options}
+  method = case.method
+  if options:
+    method = merging.get(method.info.name, **method.options, **options)
+  return method(base, models, **_give(case, models, **given))
+
+
+def _start(case, base, models):
+  """What a triple starts from, and takes what is not merged from."""
+  return base if case.method.info.needs_base else models[0]
+
+
+def _stream(case, base, models, **options):
+  method = merging.get(
+    case.method.info.name, **case.method.options, **options
+  ).method(KEY)
+  state = method.init(_start(case, base, models))
+  for params in models:
+    state = method.update(state, params)
+  return method.finalize(state)
+
+
+def _floats(params):
+  return tree.partition(params)[0]
+
+
 def _bits_equal(got, want):
   chex.assert_trees_all_equal_structs(got, want)
   for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     if jnp.issubdtype(jnp.asarray(one).dtype, jax.dtypes.prng_key):
       one, two = jax.random.key_data(one), jax.random.key_data(two)
     np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
-
-
-def _stream(method, base, models):
-  state = method.init(base)
-  for params in models:
-    state = method.update(state, params)
-  return method.finalize(state)
 
 
 class Pair(NamedTuple):
@@ -115,94 +155,115 @@ class Box:
   w: jax.Array
 
 
-ALL = [(name,) for name in METHODS]
-
-
 class ConformanceTest(parameterized.TestCase):
+  def test_all_methods_are_here(self):
+    self.assertEqual(
+      {case.method.info.name for case in CASES.values()}, set(merging.names())
+    )
+
   @parameterized.product(
-    name=list(METHODS), dtype=["float32", "bfloat16", "float16"]
+    label=list(CASES), dtype=["float32", "bfloat16", "float16"]
   )
-  def test_keeps_everything(self, name, dtype):
-    merge, _, _, _ = METHODS[name]
-    base, models = _params(0, dtype), _models(dtype=dtype)
-    copies = jax.tree.map(lambda leaf: leaf, (base, models))
+  def test_keeps_everything(self, label, dtype):
+    """Inputs untouched, all but floats passed on, finite, one trace."""
+    case = CASES[label]
+    base, models = _params(0, dtype), _models(case.num_models, dtype)
+    if dtype != "float32":
+      # Small leaves are as small in any dtype.
+      for params in (base, *models):
+        for name in ("scalar", "one", "empty"):
+          del params[name]
+    copies = jax.tree.map(jnp.copy, (base, models))
+    merge = lambda *trees: _merge(case, *trees)  # noqa: E731
+    traced = jax.jit(chex.assert_max_traces(merge, n=1))
+    chex.clear_trace_counter()
     got = merge(base, models)
+    for _ in range(2):
+      jitted = traced(base, models)
     _bits_equal((base, models), copies)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, base)
-    source = models[0] if name == "average" else base
+    chex.assert_trees_all_equal_shapes_and_dtypes(jitted, base)
+    source = _start(case, base, models)
     for leaf in ("steps", "mask", "key"):
       _bits_equal(got[leaf], source[leaf])
-    floats, _ = tree.partition(got)
-    chex.assert_tree_all_finite(floats)
-
-  @parameterized.parameters(*ALL)
-  def test_jit_equals_no_jit(self, name):
-    merge, _, _, _ = METHODS[name]
-    base, models = _params(0), _models()
-    chex.clear_trace_counter()
-    fn = jax.jit(chex.assert_max_traces(merge, n=1))
-    for _ in range(2):
-      got, _ = tree.partition(fn(base, models))
-    want, _ = tree.partition(merge(base, models))
-    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
-
-  @parameterized.parameters(*ALL)
-  def test_streamed_is_the_list_bit_for_bit(self, name):
-    merge, make, _, _ = METHODS[name]
-    base, models = _params(0), _models()
-    start = models[0] if name == "average" else base
-    _bits_equal(_stream(make(), start, models), merge(base, models))
-
-  @parameterized.parameters(*ALL)
-  def test_leaf_by_leaf_is_the_whole_bit_for_bit(self, name):
-    merge, _, leafwise, _ = METHODS[name]
-    if not leafwise:
-      self.skipTest("The method looks at the whole vector.")
-    base, models = _params(0), _models()
-    whole = merge(base, models)
-    names = tree.leaf_names(base)
-    for place, leaf in enumerate(names):
-      one = lambda params: {leaf: jax.tree.leaves(params)[place]}  # noqa: B023, E731
-      _bits_equal(
-        merge(one(base), [one(params) for params in models]), one(whole)
-      )
-
-  @parameterized.parameters(*ALL)
-  def test_base_is_a_fixed_point(self, name):
-    merge, make, _, _ = METHODS[name]
-    base = _params(0)
-    got, _ = tree.partition(merge(base, [base] * 3))
-    chex.assert_trees_all_close(got, tree.partition(base)[0], rtol=1e-6)
-    _bits_equal(_stream(make(), base, []), base)
-
-  @parameterized.parameters(*ALL)
-  def test_order_is_of_no_account(self, name):
-    merge, _, _, symmetric = METHODS[name]
-    if not symmetric:
-      self.skipTest("The order of the models counts.")
-    base, models = _params(0), _models()
-    source = lambda merged: tree.partition(merged)[0]  # noqa: E731
+      _bits_equal(jitted[leaf], source[leaf])
+    chex.assert_tree_all_finite(_floats(got))
+    # In half precision the roundings before the last may fall either way.
+    error = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    wide = lambda params: jax.tree.map(  # noqa: E731
+      lambda leaf: leaf.astype(jnp.float32), _floats(params)
+    )
     chex.assert_trees_all_close(
-      source(merge(base, models[::-1])),
-      source(merge(base, models)),
+      wide(jitted), wide(got), rtol=error, atol=error / 10
+    )
+
+  @parameterized.parameters(*ALL)
+  def test_streamed_and_leaf_by_leaf_is_the_list_bit_for_bit(self, label):
+    case = CASES[label]
+    base, models = _params(0), _models(case.num_models)
+    want = _merge(case, base, models)
+    _bits_equal(_stream(case, base, models), want)
+    leaves = merging.merge_leaves
+    if case.method.info.name == "consensus" and not case.method.info.leafwise:
+      with self.assertRaisesRegex(ValueError, "looks at all leaves at once"):
+        dict(leaves(case.method, base, models))
+      return
+    got = dict(leaves(case.method, base, models, **_give(case, models)))
+    names = tree.leaf_names(want)
+    self.assertEqual(list(got), names)
+    _bits_equal(got, dict(zip(names, jax.tree.leaves(want), strict=True)))
+
+  @parameterized.parameters(*ALL)
+  def test_fixed_points(self, label):
+    case = CASES[label]
+    base, (model,) = _params(0), _models(1)
+    count = case.num_models
+    got = _merge(case, base, [base] * count)
+    chex.assert_trees_all_close(
+      _floats(got), _floats(base), rtol=1e-6, atol=1e-7
+    )
+    if case.fixed:
+      got = _merge(case, base, [model] * count)
+      chex.assert_trees_all_close(
+        _floats(got), _floats(model), rtol=2e-6, atol=1e-6
+      )
+    if case.method.info.streams and case.method.info.needs_base:
+      _bits_equal(_stream(case, base, []), base)
+
+  @parameterized.parameters(
+    *((label,) for label, case in CASES.items() if case.symmetric)
+  )
+  def test_order_is_of_no_account(self, label):
+    case = CASES[label]
+    base, models = _params(0), _models(case.num_models)
+    chex.assert_trees_all_close(
+      _floats(_merge(case, base, models[::-1])),
+      _floats(_merge(case, base, models)),
       rtol=1e-5,
       atol=1e-6,
     )
 
-  @parameterized.parameters(*ALL)
-  def test_many_models(self, name):
+  @parameterized.parameters(
+    *((label,) for label, case in CASES.items() if case.method.info.streams)
+  )
+  def test_many_models(self, label):
     """More than one kernel takes; the same bits as one at a time."""
-    merge, make, _, _ = METHODS[name]
+    case = CASES[label]
     base = {"w": jnp.linspace(-1, 1, 7)}
     models = [
       {"w": jax.random.normal(jax.random.key(seed), (7,))} for seed in range(19)
     ]
-    start = models[0] if name == "average" else base
-    _bits_equal(_stream(make(), start, models), merge(base, models))
+    _bits_equal(_stream(case, base, models), _merge(case, base, models))
 
-  @parameterized.parameters(*ALL)
-  def test_weights_of_leaves(self, name):
-    merge, _, _, _ = METHODS[name]
+  @parameterized.parameters(
+    *(
+      (label,)
+      for label, case in CASES.items()
+      if case.method.info.takes_weights
+    )
+  )
+  def test_weights_of_leaves(self, label):
+    case = CASES[label]
     base, models = _params(0), _models(2)
     by_name = [{"kernel": 2.0, ".*": 1.0}, 3.0]
     by_prefix = [
@@ -215,31 +276,33 @@ class ConformanceTest(parameterized.TestCase):
       3.0,
     ]
     _bits_equal(
-      merge(base, models, weights=by_name),
-      merge(base, models, weights=by_prefix),
+      _merge(case, base, models, weights=by_name),
+      _merge(case, base, models, weights=by_prefix),
     )
 
   @parameterized.parameters(*ALL)
-  def test_selected_leaves_and_dtype(self, name):
-    merge, make, _, _ = METHODS[name]
-    base, models = _params(0), _models()
-    start = models[0] if name == "average" else base
+  def test_selected_leaves_and_dtype(self, label):
+    case = CASES[label]
+    base, models = _params(0), _models(case.num_models)
+    start = _start(case, base, models)
     options = {"select": "kernel$", "dtype": jnp.float16}
-    got = merge(base, models, **options)
-    _bits_equal(_stream(make(**options), start, models), got)
+    got = _merge(case, base, models, **options)
+    _bits_equal(_stream(case, base, models, **options), got)
     np.testing.assert_array_equal(
       got["a"]["bias"], start["a"]["bias"].astype(jnp.float16)
     )
-    for leaf in jax.tree.leaves(tree.partition(got)[0]):
+    for leaf in jax.tree.leaves(_floats(got)):
       self.assertEqual(leaf.dtype, jnp.float16)
     unmerged = np.asarray(start["a"]["kernel"], np.float16)
     self.assertFalse((np.asarray(got["a"]["kernel"]) == unmerged).all())
 
   @parameterized.parameters(*ALL)
-  def test_containers(self, name):
-    merge, _, _, _ = METHODS[name]
+  def test_containers(self, label):
+    case = CASES[label]
     want = None
-    values = [jnp.asarray([0.5, -1.0, 2.0]) * i for i in range(3)]
+    values = [
+      jnp.asarray([0.5, -1.0, 2.0]) * i for i in range(case.num_models + 1)
+    ]
     for wrap in (
       lambda x: {"w": x},
       lambda x: Box(w=x),
@@ -247,7 +310,7 @@ class ConformanceTest(parameterized.TestCase):
       lambda x: Pair(x, x),
     ):
       base, *models = map(wrap, values)
-      got = merge(base, models)
+      got = _merge(case, base, models)
       self.assertEqual(jax.tree.structure(got), jax.tree.structure(base))
       # All but the pair name their leaf alike, so that keys are equal.
       if not isinstance(base, Pair):
@@ -256,24 +319,34 @@ class ConformanceTest(parameterized.TestCase):
         np.testing.assert_array_equal(leaf, want)
 
   @parameterized.parameters(*ALL)
-  def test_sharded_stays_sharded(self, name):
-    merge, _, _, _ = METHODS[name]
+  def test_sharded_stays_sharded(self, label):
+    case = CASES[label]
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("x"))
     base, *models = (
-      {"w": jax.device_put(jnp.arange(8.0) * i, sharding)} for i in range(3)
+      {"w": jax.device_put(jnp.arange(8.0) * i, sharding)}
+      for i in range(1, case.num_models + 2)
     )
-    got = merge(base, models)
+    got = _merge(case, base, models)
     self.assertTrue(got["w"].sharding.is_equivalent_to(sharding, 1))
 
-  @parameterized.parameters("task_arithmetic", "magmax", "ties", "dare")
-  def test_scales_map_and_differentiate(self, name):
-    options = {"key": KEY} if name == "dare" else {}
-    base, models = {"w": jnp.arange(4.0)}, [{"w": jnp.ones(4) * 3}] * 2
+  @parameterized.parameters(
+    *(
+      (label,)
+      for label, case in CASES.items()
+      if "scale" in case.method.info.options
+    )
+  )
+  def test_scales_map_and_differentiate(self, label):
+    case = CASES[label]
+    base = {"w": jnp.arange(4.0)}
+    models = [{"w": jnp.arange(4.0) + i} for i in (3.0, 2.0, -0.5)]
+    options = {**case.method.options}
+    options.pop("scale", None)
 
     def merge(scale):
-      fn = getattr(merging, name)
-      return fn(base, models, scale=scale, **options)["w"]
+      method = merging.get(case.method.info.name, **options, scale=scale)
+      return method(base, models, **_give(case, models))["w"]
 
     scales = jnp.asarray([0.0, 0.5, 1.0])
     together = jax.vmap(merge)(scales)
@@ -283,29 +356,38 @@ class ConformanceTest(parameterized.TestCase):
     np.testing.assert_allclose(gradient, (apart[2] - apart[0]).sum(), rtol=1e-5)
 
   @parameterized.parameters(*ALL)
-  def test_errors(self, name):
-    merge, make, _, _ = METHODS[name]
-    base, models = _params(0), _models()
-    if name != "average":
-      with self.assertRaisesRegex(ValueError, "models is empty"):
-        merge(base, [])
-    other = {**models[1], "scalar": jnp.ones(2)}
+  def test_errors(self, label):
+    case = CASES[label]
+    info = case.method.info
+    count = case.num_models
+    base, models = _params(0), _models(count)
+    last, name = models[-1], f"model {count - 1}"
+    if info.max_models == 1:
+      name = "model"
+    with self.assertRaisesRegex(ValueError, "models is empty"):
+      _merge(case, base, [])
+    other = {**last, "scalar": jnp.ones(2)}
     with self.assertRaisesRegex(tree.TreeMismatchError, "'scalar'"):
-      merge(base, [models[0], other])
+      _merge(case, base, [*models[:-1], other])
     with self.assertRaisesRegex(tree.TreeMismatchError, "'scalar'"):
-      _stream(make(), base, [other])
-    with self.assertRaisesRegex(ValueError, "got 2 weights for 3 models"):
-      merge(base, models, weights=[1.0, 2.0])
-    with self.assertRaisesRegex(ValueError, "no value for leaf"):
-      merge(base, models, weights=[{"^nothing$": 1.0}] * 3)
-    bad = {**models[1], "scalar": jnp.asarray(jnp.nan)}
-    with self.assertRaisesRegex(ValueError, "'scalar' of model 1 holds NaN"):
-      merge(base, [models[0], bad])
-    with self.assertRaisesRegex(ValueError, "'scalar' of params holds NaN"):
-      _stream(make(), base, [bad])
-    merge(base, [models[0], bad], allow_nonfinite=True)
+      _stream(case, base, [*models[:-1], other])
+    bad = {**last, "scalar": jnp.asarray(jnp.nan)}
+    if count > 1:
+      with self.assertRaisesRegex(ValueError, f"'scalar' of {name} holds NaN"):
+        _merge(case, base, [*models[:-1], bad])
+    with self.assertRaisesRegex(ValueError, "'scalar' of .* holds NaN"):
+      _stream(case, base, [*models[:-1], bad])
+    _merge(case, base, [*models[:-1], bad], allow_nonfinite=True)
     with self.assertRaisesRegex(ValueError, "no leaf name matches"):
-      merge(base, models, select="^nothing$")
+      _merge(case, base, models, select="^nothing$")
+    if info.max_models is not None:
+      with self.assertRaisesRegex(ValueError, f"{info.name} takes"):
+        _merge(case, base, [*models, last])
+    if info.takes_weights:
+      with self.assertRaisesRegex(ValueError, "weights for . models"):
+        _merge(case, base, models, weights=[1.0] * (count + 1))
+      with self.assertRaisesRegex(ValueError, "no value for leaf"):
+        _merge(case, base, models, weights=[{"^nothing$": 1.0}] * count)
 
 
 class OptionsTest(parameterized.TestCase):
@@ -314,10 +396,17 @@ class OptionsTest(parameterized.TestCase):
     fn = jax.jit(lambda scale: merging.magmax(base, models, scale=scale)["w"])
     np.testing.assert_array_equal(fn(0.5), [0.5, 0.5, 0.5])
 
+  def test_thousand_copies(self):
+    """Half types are accumulated in float32: the average is exact."""
+    model = {"w": jnp.asarray([1.0, 0.1, -3e35, 1e-30], jnp.bfloat16)}
+    got = merging.average([model] * 1000)
+    np.testing.assert_array_equal(got["w"], model["w"])
+
   @parameterized.parameters(
     ("ties", {"density": 0.0}, r"density must lie in \(0, 1\]; got 0"),
     ("ties", {"density": 1.5}, "density must lie"),
     ("ties", {"density": [0.5, np.nan]}, "density must lie"),
+    ("ties", {"density": {".*": 0.5}}, "trim leaf by leaf with scope='leaf'"),
     ("ties", {"scope": "tensor"}, "scope must be one of 'vector', 'leaf'"),
     ("ties", {"elect": "all"}, "elect must be one of"),
     ("ties", {"merge": "median"}, "merge must be one of"),

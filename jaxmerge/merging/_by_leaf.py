@@ -1,0 +1,176 @@
+"""Merging checkpoints that are read leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmerge import tree
+from jaxmerge.merging import (
+  _leaves,
+  _method,
+  _registry,
+  _ties_by_leaf,
+  _values,
+)
+
+PyTree = Any
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLeaf:
+  """A leaf that is read when it is needed, and not kept.
+
+  Attributes:
+    shape: Its shape.
+    dtype: Its dtype.
+    read: `read() -> array`, of that shape and dtype.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  read: Callable[[], Any]
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """The leaf as a NumPy array, for whatever reads one."""
+    return np.array(self.read(), dtype, copy=copy)
+
+
+def read_leaf(leaf: Any, name: str, owner: str) -> Any:
+  """What a leaf holds: a lazy one is read, anything else returned as it is."""
+  if isinstance(leaf, jax.Array) or not hasattr(leaf, "shape"):
+    return leaf
+  value = leaf.read() if isinstance(leaf, LazyLeaf) else np.asarray(leaf)
+  if tuple(value.shape) != tuple(leaf.shape) or value.dtype != leaf.dtype:
+    raise tree.TreeMismatchError(
+      f"leaf '{name}' of {owner} was announced as {leaf.dtype} of shape"
+      f" {tuple(leaf.shape)} but read as {value.dtype} of shape"
+      f" {tuple(value.shape)}; is the checkpoint damaged?"
+    )
+  return jnp.asarray(value)
+
+
+def _of_leaf(
+  options: Mapping[str, Any], base: PyTree
+) -> Callable[[int], dict[str, Any]]:
+  """Options that are prefixes of the tree, resolved to those of each leaf."""
+
+  def resolve(value: Any, name: str) -> Callable[[int], Any]:
+    if type(value) in (list, tuple):
+      columns = [resolve(one, name) for one in value]
+      return lambda place: type(value)(column(place) for column in columns)
+    if callable(value) or jax.tree_util.all_leaves([value]):
+      return lambda place: value
+    leaves = _values.per_leaf(value, base, name)
+    return lambda place: leaves[place]
+
+  found = {name: resolve(value, name) for name, value in options.items()}
+  return lambda place: {name: pick(place) for name, pick in found.items()}
+
+
+def merge_leaves(
+  method: _registry.RegisteredMethod,
+  base: PyTree,
+  models: Sequence[PyTree],
+  *,
+  weights: Any = None,
+  key: Array | None = None,
+) -> Iterator[tuple[str, Array]]:
+  """Merges checkpoints leaf by leaf: one leaf of one model is held at a time.
+
+  The leaves may be `LazyLeaf`, ``np.memmap``, or whatever has a shape and a
+  dtype and becomes an array by ``np.asarray``. Structure, shapes and dtypes
+  are compared before anything is read. The result is the same bit for bit as
+  that of the method on trees in memory. Methods whose state grows with the
+  number of models hold one leaf of all models.
+
+  Each leaf is read once. TIES with a threshold over the whole vector reads
+  each floating-point leaf two times more to find the threshold exactly (four
+  if it has 64 bits), and once for the majority of the signs.
+
+  Args:
+    method: A method from `get`.
+    base: See `RegisteredMethod`; a tree, possibly of lazy leaves.
+    models: Likewise.
+    weights: One for each model; see `task_arithmetic`.
+    key: PRNG key, for a method that needs one.
+
+  Yields:
+    Name and value of each leaf of the base, in the order of
+    ``jax.tree.leaves``. Leaves that are not merged come from the base (from
+    the first model, if the method needs no base).
+
+  Raises:
+    TreeMismatchError: If the trees differ, or a leaf is not what it was
+      announced as.
+    ValueError: If the method cannot be used leaf by leaf, or as the method.
+
+  >>> from jaxmerge.merging import get
+  >>> base, models = {"a": 0.0, "b": 1.0}, [{"a": 2.0, "b": 3.0}]
+  >>> for name, leaf in merge_leaves(get("magmax"), base, models):
+  ...   print(name, leaf)
+  a 1.0
+  b 2.0
+  """
+  models = _method.check_models(models)
+  method.check(base, len(models), weights=weights, key=key)
+  if not method.info.needs_base:
+    base = models[0]
+  owners = ["base", *(f"model {i}" for i in range(len(models)))]
+  tree.check_match(base, *models, names=owners)
+  options = dict(method.options)
+  select = options.pop("select", None)
+  merged = {leaf.place for leaf in _leaves.merged_leaves(base, select)}
+  columns = [
+    _values.per_leaf(entry, base, f"weight {i}")
+    for i, entry in enumerate(
+      _values.per_model(
+        1.0 if weights is None else weights, len(models), "weights"
+      )
+    )
+  ]
+  allow_nonfinite = options.pop("allow_nonfinite", False)
+  bind = _of_leaf(options, base)
+  names = tree.leaf_names(base)
+  trees = [jax.tree.leaves(params) for params in (base, *models)]
+
+  def read(place: int, owner: int) -> dict[str, Any]:
+    name = names[place]
+    leaf = {name: read_leaf(trees[owner][place], name, owners[owner])}
+    if not allow_nonfinite and place in merged:
+      found = _leaves.merged_leaves(leaf, None)
+      _leaves.check_finite([leaf], [owners[owner]], found)
+    return leaf
+
+  make = lambda place: _registry.get(  # noqa: E731
+    method.info.name, **bind(place), allow_nonfinite=True
+  ).method(key)
+  if not method.info.leafwise:
+    if method.info.name != "ties":
+      raise ValueError(
+        f"{method.info.name} looks at all leaves at once with these options,"
+        " and cannot merge leaf by leaf"
+      )
+    make = _ties_by_leaf.methods(
+      {place: trees[0][place] for place in sorted(merged)},
+      read,
+      columns,
+      {**method.info.options, **options},
+      bind,
+    )
+  for place, name in enumerate(names):
+    start = read(place, 0)
+    if place not in merged:
+      yield name, _leaves.rebuild(start, [], [], options.get("dtype"))[name]
+      continue
+    triple = make(place)
+    state = triple.init(start)
+    for i, column in enumerate(columns):
+      weight = {} if weights is None else {"weight": column[place]}
+      state = triple.update(state, read(place, i + 1), **weight)
+    yield name, triple.finalize(state)[name]
