@@ -113,8 +113,12 @@ def gathering_method(
     return GatheredState(base, (), ())
 
   def update(
-    state: GatheredState, params: PyTree, weight: Any = 1.0
+    state: GatheredState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
   ) -> GatheredState:
+    _method.check_no_statistics(statistics)
     tree.check_match(state.base, params, names=["base", "params"])
     check(params, "params", state.base)
     return GatheredState(

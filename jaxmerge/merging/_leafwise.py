@@ -28,13 +28,33 @@ class Step(NamedTuple):
     weight: The model's weight for this leaf, a scalar.
     key: PRNG key of this model and leaf; None without a key.
     values: The options' values for this model and leaf, scalars by name.
-    statistics: What `LeafRule.prepare` found in the whole model, or None.
+    prepared: What `LeafRule.prepare` found in the whole model, or None.
+    statistics: Statistics of the model's data for this leaf, or None.
   """
 
   weight: Array
   key: Array | None
   values: dict[str, Array]
+  prepared: Any
   statistics: Any
+
+
+class Statistics(NamedTuple):
+  """Which statistics of the data a rule needs.
+
+  Attributes:
+    noun: What messages call those of one model.
+    collector: The function that a user gets them from.
+    read: `read(statistics, base, merged, names, allow_nonfinite) -> entries`,
+      one for each merged leaf, arrays or None; raises for what does not fit.
+      `names` are what messages call the base and the statistics.
+  """
+
+  noun: str
+  collector: str
+  read: Callable[
+    [Any, PyTree, Sequence[_leaves.Leaf], tuple[str, str], bool], list[Any]
+  ]
 
 
 class LeafRule(NamedTuple):
@@ -48,10 +68,12 @@ class LeafRule(NamedTuple):
     finalize: `finalize(accumulator, base, values, total) -> leaf`.
     derive: `derive(values, size, total_size) -> values`, computes what
       depends on the number of elements, on the host; None if nothing does.
-    prepare: `prepare(bases, leaves, values) -> statistics` of a whole model,
-      from all its leaves; None for a rule that treats each leaf alone.
+    prepare: `prepare(bases, leaves, values, statistics) -> prepared`, of a
+      whole model, from all its leaves; None for a rule that treats each leaf
+      alone.
     summarize: `summarize(accumulator) -> scalar`, summed over the leaves to
       the `total` that `finalize` is given; None likewise.
+    statistics: The statistics of data that it needs; None if it needs none.
   """
 
   init: Callable[[Array, Array], Any]
@@ -59,9 +81,11 @@ class LeafRule(NamedTuple):
   finalize: Callable[[Any, Array, dict[str, Array], Array | None], Array]
   derive: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None
   prepare: (
-    Callable[[list[Array], list[Array], list[dict[str, Array]]], Any] | None
+    Callable[[list[Array], list[Array], list[dict[str, Array]], list[Any]], Any]
+    | None
   ) = None
   summarize: Callable[[Any], Array] | None = None
+  statistics: Statistics | None = None
 
 
 class LeafwiseState(NamedTuple):
@@ -90,7 +114,8 @@ class _Batch(NamedTuple):
     key: PRNG key; None without one.
     seed: Number that makes the key one of the leaf.
     values: The options' values; with an axis, one value a model.
-    statistics: What `LeafRule.prepare` found in each.
+    prepared: What `LeafRule.prepare` found in each.
+    statistics: Statistics of their data.
   """
 
   leaves: Sequence[Array]
@@ -99,6 +124,7 @@ class _Batch(NamedTuple):
   key: Array | None
   seed: jax.typing.ArrayLike
   values: dict[str, Array]
+  prepared: Sequence[Any]
   statistics: Sequence[Any]
 
 
@@ -122,6 +148,7 @@ def _update(
       weight=batch.weights[i].astype(base.dtype),
       key=None if key is None else jax.random.fold_in(key, index),
       values=_pick(batch.values, index),
+      prepared=batch.prepared[i],
       statistics=batch.statistics[i],
     )
     accumulator = rule.update(accumulator, base, _leaves.widen(leaf), step)
@@ -198,13 +225,36 @@ def _prepare(
   leaves: list[Array],
   values: list[dict[str, Array]],
   index: Array,
+  statistics: list[Any],
 ) -> Any:
   assert rule.prepare is not None
   return rule.prepare(
     [_leaves.widen(base) for base in bases],
     [_leaves.widen(leaf) for leaf in leaves],
     [_pick(one, index) for one in values],
+    statistics,
   )
+
+
+def _read(
+  rule: LeafRule,
+  statistics: Any,
+  base: PyTree,
+  merged: Sequence[_leaves.Leaf],
+  names: tuple[str, str],
+  allow_nonfinite: bool,
+) -> list[Any]:
+  """One model's statistics for every merged leaf, checked."""
+  needed = rule.statistics
+  if needed is None:
+    _method.check_no_statistics(statistics)
+    return [None] * len(merged)
+  if statistics is None:
+    raise ValueError(
+      f"{names[1]} is missing: this merge method needs statistics of the data"
+      f" of each model; collect them with {needed.collector}"
+    )
+  return needed.read(statistics, base, merged, names, allow_nonfinite)
 
 
 def leafwise_method(
@@ -246,22 +296,30 @@ def leafwise_method(
     )
 
   def update(
-    state: LeafwiseState, params: PyTree, weight: Any = 1.0
+    state: LeafwiseState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
   ) -> LeafwiseState:
     tree.check_match(state.base, params, names=["base", "params"])
     merged = _leaves.merged_leaves(state.base, select)
     if not allow_nonfinite:
       _leaves.check_finite([params], ["params"], merged)
     weights = _values.per_leaf(weight, state.base, "weight")
+    noun = "statistics" if rule.statistics is None else rule.statistics.noun
+    found = _read(
+      rule, statistics, state.base, merged, ("base", noun), allow_nonfinite
+    )
     bases, leaves = jax.tree.leaves(state.base), jax.tree.leaves(params)
-    statistics = None
+    prepared = None
     if rule.prepare is not None:
-      statistics = _prepare(
+      prepared = _prepare(
         rule,
         [bases[leaf.place] for leaf in merged],
         [leaves[leaf.place] for leaf in merged],
         state.values,
         state.num_models,
+        found,
       )
     accumulators = [
       _advance(
@@ -275,11 +333,12 @@ def leafwise_method(
           key,
           leaf.seed,
           values,
-          (statistics,),
+          (prepared,),
+          (one,),
         ),
       )
-      for leaf, accumulator, values in zip(
-        merged, state.accumulators, state.values, strict=True
+      for leaf, accumulator, values, one in zip(
+        merged, state.accumulators, state.values, found, strict=True
       )
     ]
     return state._replace(
@@ -323,6 +382,7 @@ def merge(
   dtype: Any = None,
   allow_nonfinite: bool = False,
   names: Sequence[str] | None = None,
+  statistics: Sequence[Any] | None = None,
 ) -> PyTree:
   """Merges a list of models; the same bits as the streamed method.
 
@@ -340,6 +400,7 @@ def merge(
     dtype: Dtype of the result.
     allow_nonfinite: Whether NaN and infinity are let through.
     names: What messages call the base and the models.
+    statistics: One entry for each model, for a rule that needs them.
 
   Returns:
     The merged parameters.
@@ -359,11 +420,28 @@ def merge(
   merged, bases = parts.merged, parts.bases
   values = _leaves.resolve(options or {}, base, merged, rule.derive)
   count = len(models)
-  statistics: list[Any] = [None] * count
+  noun = "statistics" if rule.statistics is None else rule.statistics.noun
+  found = [
+    _read(
+      rule,
+      one,
+      base,
+      merged,
+      ("base" if names is None else names[0], f"{noun} {i}"),
+      allow_nonfinite,
+    )
+    for i, one in enumerate(_method.per_model_statistics(statistics, count))
+  ]
+  prepared: list[Any] = [None] * count
   if rule.prepare is not None:
-    statistics = [
+    prepared = [
       _prepare(
-        rule, bases, [leaves[i] for leaves in parts.models], values, np.int32(i)
+        rule,
+        bases,
+        [leaves[i] for leaves in parts.models],
+        values,
+        np.int32(i),
+        found[i],
       )
       for i in range(count)
     ]
@@ -378,12 +456,13 @@ def merge(
         key,
         leaf.seed,
         one,
-        statistics[first : first + _CHUNK],
+        prepared[first : first + _CHUNK],
+        [entries[place] for entries in found[first : first + _CHUNK]],
       )
       for first in range(0, count, _CHUNK)
     ]
-    for leaf, leaves, weight, one in zip(
-      merged, parts.models, parts.weights, values, strict=True
+    for place, (leaf, leaves, weight, one) in enumerate(
+      zip(merged, parts.models, parts.weights, values, strict=True)
     )
   ]
   dtypes = [_leaves.result_dtype(one, dtype) for one in bases]

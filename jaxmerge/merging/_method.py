@@ -28,10 +28,14 @@ class InitFn(Protocol):
 
 
 class UpdateFn(Protocol):
-  """``update(state, params, weight=1.0) -> state``."""
+  """``update(state, params, weight=1.0, statistics=None) -> state``."""
 
   def __call__(
-    self, state: MergeState, params: PyTree, weight: Any = 1.0
+    self,
+    state: MergeState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
   ) -> MergeState:
     """Returns the state after one more model.
 
@@ -40,6 +44,8 @@ class UpdateFn(Protocol):
       params: The parameters of the model, of the structure of the base.
       weight: How much the model counts: a scalar, traced or not, a prefix of
         the tree, or a mapping from regular expressions of leaf names.
+      statistics: What the method knows of the model's data, in the form that
+        the method states; None for a method that needs none.
     """
 
 
@@ -74,7 +80,9 @@ class MergeMethod(NamedTuple):
 
   Attributes:
     init: ``init(base) -> state``.
-    update: ``update(state, params, weight=1.0) -> state``.
+    update: ``update(state, params, weight=1.0, statistics=None) -> state``;
+      statistics of the model's data are given to the methods that need them,
+      and to no other.
     finalize: ``finalize(state) -> params``.
   """
 
@@ -96,11 +104,32 @@ def check_models(models: Sequence[PyTree]) -> list[PyTree]:
   return list(models)
 
 
+def check_no_statistics(statistics: Any) -> None:
+  """Raises for statistics that a method has no use for."""
+  if statistics is not None:
+    raise ValueError(
+      "this merge method needs no statistics of the data; leave statistics out"
+    )
+
+
+def per_model_statistics(statistics: Any, num_models: int) -> list[Any]:
+  """Statistics as a list with one entry for each model, None without any."""
+  if statistics is None:
+    return [None] * num_models
+  if not isinstance(statistics, Sequence) or isinstance(statistics, str):
+    raise ValueError(
+      "statistics must be a sequence with one entry for each model; got"
+      f" {type(statistics).__name__}"
+    )
+  return _values.per_model(statistics, num_models, "statistics")
+
+
 def fold(
   method: MergeMethod,
   base: PyTree,
   models: Sequence[PyTree],
   weights: Sequence[Any] | jax.Array | None = None,
+  statistics: Sequence[Any] | None = None,
 ) -> PyTree:
   """Merges models by running them through a method, in their order.
 
@@ -112,6 +141,8 @@ def fold(
     models: One or more trees of the structure, shapes and dtypes of ``base``.
     weights: One for each model, as the method takes them, or an array of
       shape [n]; by default each model has the weight one.
+    statistics: One entry for each model, for a method that needs statistics
+      of the data.
 
   Returns:
     The merged parameters, with the structure, shapes and dtypes of ``base``.
@@ -119,7 +150,8 @@ def fold(
   Raises:
     TreeMismatchError: If a model differs from ``base`` in structure, shape or
       dtype.
-    ValueError: If there are no models, or not as many weights as models.
+    ValueError: If there are no models, not as many weights or statistics as
+      models, or statistics are missing or given in vain.
 
   >>> from jaxmerge.merging import average_method
   >>> print(fold(average_method(), {"w": 0.0}, [{"w": 1.0}, {"w": 2.0}])["w"])
@@ -131,7 +163,8 @@ def fold(
   entries = _values.per_model(
     1.0 if weights is None else weights, len(models), "weights"
   )
+  found = per_model_statistics(statistics, len(models))
   state = method.init(base)
-  for params, weight in zip(models, entries, strict=True):
-    state = method.update(state, params, weight)
+  for params, weight, one in zip(models, entries, found, strict=True):
+    state = method.update(state, params, weight, statistics=one)
   return method.finalize(state)

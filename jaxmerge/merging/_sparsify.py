@@ -24,7 +24,7 @@ class Sparsifier(NamedTuple):
   Attributes:
     apply: `apply(tau, step) -> tau`, on one leaf.
     derive: As in a `LeafRule`.
-    prepare: `prepare(taus, values) -> statistics` of the whole task vector.
+    prepare: `prepare(taus, values) -> prepared`, of the whole task vector.
   """
 
   apply: Callable[[Array, _leafwise.Step], Array]
@@ -82,7 +82,7 @@ def magnitude(scope: str, rescale: str | None = None) -> Sparsifier:
     return _threshold.kth_largest_bits(taus, values[0]["keep"])
 
   def apply(tau: Array, step: _leafwise.Step) -> Array:
-    least = step.statistics
+    least = step.prepared
     if scope == "leaf":
       least = _threshold.kth_largest_bits([tau], step.values["keep"])
     bits = _threshold.magnitude_bits(tau, least.dtype)

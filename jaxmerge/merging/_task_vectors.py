@@ -47,8 +47,12 @@ def task_vector_rule(
     return base + scale * combiner.finalize(accumulator, total)
 
   def prepare(
-    bases: list[Array], leaves: list[Array], values: list[Values]
+    bases: list[Array],
+    leaves: list[Array],
+    values: list[Values],
+    statistics: list[Any],
   ) -> Any:
+    del statistics
     assert sparsifier is not None and sparsifier.prepare is not None
     taus = [leaf - base for base, leaf in zip(bases, leaves, strict=True)]
     return sparsifier.prepare(taus, values)

@@ -93,14 +93,17 @@ def unweighted(
   """
 
   def update(
-    state: _method.MergeState, params: PyTree, weight: Any = 1.0
+    state: _method.MergeState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
   ) -> _method.MergeState:
     if any(
       _values.is_traced(one) or np.asarray(one) != 1
       for one in jax.tree.leaves(weight)
     ):
       raise ValueError(f"{name} takes no weights; {remedy}")
-    return method.update(state, params)
+    return method.update(state, params, statistics=statistics)
 
   return method._replace(update=update)
 
