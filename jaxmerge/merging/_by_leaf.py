@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
@@ -48,7 +49,8 @@ def read_leaf(leaf: Any, name: str, owner: str) -> Any:
   value = leaf.read() if isinstance(leaf, LazyLeaf) else np.asarray(leaf)
   if tuple(value.shape) != tuple(leaf.shape) or value.dtype != leaf.dtype:
     raise tree.TreeMismatchError(
-      f"leaf '{name}' of {owner} was announced as {leaf.dtype} of shape"
+      f"leaf '{name}' of {owner} was announced as"
+      f" {np.dtype(leaf.dtype)} of shape"
       f" {tuple(leaf.shape)} but read as {value.dtype} of shape"
       f" {tuple(value.shape)}; is the checkpoint damaged?"
     )
@@ -171,6 +173,9 @@ def merge_leaves(
     triple = make(place)
     state = triple.init(start)
     for i, column in enumerate(columns):
+      # Without a base, the first model has been read in its place.
+      is_read = i == 0 and not method.info.needs_base
+      params = start if is_read else read(place, i + 1)
       weight = {} if weights is None else {"weight": column[place]}
-      state = triple.update(state, read(place, i + 1), **weight)
+      state = triple.update(state, params, **weight)
     yield name, triple.finalize(state)[name]

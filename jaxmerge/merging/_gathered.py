@@ -73,21 +73,6 @@ def _merge_leaf(
   ).astype(dtype)
 
 
-def _check_number(rule: GatherRule, name: str, number: int) -> None:
-  if rule.min_models <= number <= (rule.max_models or number):
-    return
-  least = rule.min_models
-  if rule.max_models == least:
-    wanted = f"exactly {least}"
-  elif rule.max_models is None:
-    wanted = f"at least {least}"
-  else:
-    wanted = f"{least} to {rule.max_models}"
-  raise ValueError(
-    f"{name} takes {wanted} model{'s' * (wanted != 'exactly 1')}; got {number}"
-  )
-
-
 def gathering_method(
   merge_fn: MergeFn, **options: Unpack[_leaves.MergeOptions]
 ) -> _method.MergeMethod:
@@ -192,7 +177,7 @@ def merge(
       or out of its range.
   """
   models = _method.check_models(models)
-  _check_number(rule, name, len(models))
+  _method.check_number(name, len(models), rule.min_models, rule.max_models)
   parts = _leaves.take_apart(
     base,
     models,

@@ -104,6 +104,23 @@ def check_models(models: Sequence[PyTree]) -> list[PyTree]:
   return list(models)
 
 
+def check_number(
+  name: str, number: int, least: int = 1, most: int | None = None
+) -> None:
+  """Raises unless a method takes so many models."""
+  if least <= number <= (most or number):
+    return
+  if most == least:
+    wanted = f"exactly {least}"
+  elif most is None:
+    wanted = f"at least {least}"
+  else:
+    wanted = f"{least} to {most}"
+  raise ValueError(
+    f"{name} takes {wanted} model{'s' * (wanted != 'exactly 1')}; got {number}"
+  )
+
+
 def check_no_statistics(statistics: Any) -> None:
   """Raises for statistics that a method has no use for."""
   if statistics is not None:

@@ -275,14 +275,9 @@ class RegisteredMethod(NamedTuple):
       ValueError: If so; the message says what to give.
     """
     info = self.info
-    least, most = info.min_models, info.max_models
-    if num_models < least or num_models > (most or num_models):
-      wanted = f"at least {least}" if most is None else f"{least} to {most}"
-      if least == most:
-        wanted = f"exactly {least}"
-      raise ValueError(
-        f"{info.name} takes {wanted} model{'s' * (most != 1)}; got {num_models}"
-      )
+    _method.check_number(
+      info.name, num_models, info.min_models, info.max_models
+    )
     if info.needs_base and base is None:
       raise ValueError(
         f"{info.name} needs the parameters that the models were tuned from;"

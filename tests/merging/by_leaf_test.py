@@ -1,0 +1,200 @@
+"""Merging leaf by leaf, from checkpoints that are read."""
+
+from __future__ import annotations
+
+import collections
+import tempfile
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import strategies
+
+from jaxmerge import merging, tree
+from jaxmerge.merging import _streamed_threshold
+
+
+class CountingReader:
+  """Lazy leaves of a tree; counts what is read, and who holds it."""
+
+  def __init__(self, params):
+    self.reads: collections.Counter[str] = collections.Counter()
+    self.tree = tree.map_with_name(self._lazy, params)
+
+  def _lazy(self, name, leaf):
+    def read():
+      self.reads[name] += 1
+      return leaf
+
+    return merging.LazyLeaf(leaf.shape, leaf.dtype, read)
+
+
+def _params(seed, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  return {
+    "a": {"kernel": rng.normal(size=(6, 5)).astype(dtype)},
+    "b": rng.normal(size=7).astype(dtype),
+    "steps": np.int32(seed) * np.ones(2, np.int32),
+  }
+
+
+class MergeLeavesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("magmax", {}, 1),
+    ("average", {}, 1),
+    ("sce", {}, 1),
+    ("ties", {"scope": "leaf"}, 1),
+    # Two passes for the threshold, one for the signs, one for the merge.
+    ("ties", {"density": [0.3, 0.7]}, 4),
+    ("ties", {"zero_sign": "positive"}, 3),
+  )
+  def test_lazy_leaves(self, name, options, passes):
+    base, models = _params(0), [_params(1), _params(2)]
+    method = merging.get(name, **options)
+    lazy = [CountingReader(params) for params in (base, *models)]
+    for reader in lazy:
+      self.assertEmpty(reader.reads)
+    got = dict(
+      merging.merge_leaves(
+        method, lazy[0].tree, [reader.tree for reader in lazy[1:]]
+      )
+    )
+    want = method(base, models)
+    for leaf, value in zip(
+      tree.leaf_names(want), jax.tree.leaves(want), strict=True
+    ):
+      np.testing.assert_array_equal(got[leaf], value, err_msg=leaf)
+    for reader in lazy[1:]:
+      self.assertEqual(reader.reads["b"], passes)
+      self.assertEqual(reader.reads["a/kernel"], passes)
+
+  def test_memory_mapped_files(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    trees = []
+    for seed in range(3):
+      params = _params(seed)
+      for i, leaf in enumerate(jax.tree.leaves(params)):
+        np.save(f"{folder}/{seed}-{i}.npy", leaf)
+      trees.append(
+        jax.tree.unflatten(
+          jax.tree.structure(params),
+          [
+            np.load(f"{folder}/{seed}-{i}.npy", mmap_mode="r") for i in range(3)
+          ],
+        )
+      )
+    base, *models = trees
+    got = dict(merging.merge_leaves(merging.get("ties"), base, models))
+    want = merging.ties(_params(0), [_params(1), _params(2)])
+    np.testing.assert_array_equal(got["a/kernel"], want["a"]["kernel"])
+    np.testing.assert_array_equal(got["b"], want["b"])
+    np.testing.assert_array_equal(got["steps"], [0, 0])
+
+  def test_values_of_leaves(self):
+    """Weights and options as prefixes, mappings and one value a model."""
+    base, *models = (_params(seed) for seed in range(3))
+    prefix = {"a": 0.5, "b": 2.0, "steps": 1.0}
+    for method in (
+      merging.get("magmax", scale=prefix),
+      merging.get("magmax", scale={"kernel": 0.5, ".*": 2.0}),
+      merging.get("ties", density=[0.2, 0.9], scale=prefix),
+      merging.get("ties", density={"^a": 0.2, ".*": 0.9}, scope="leaf"),
+      merging.get("task_arithmetic", select="kernel", dtype=jnp.bfloat16),
+    ):
+      weights = [{"kernel": 1.0, ".*": 2.0}, prefix]
+      want = method(base, models, weights=weights)
+      got = dict(merging.merge_leaves(method, base, models, weights=weights))
+      for leaf, value in zip(
+        tree.leaf_names(want), jax.tree.leaves(want), strict=True
+      ):
+        np.testing.assert_array_equal(got[leaf], value, err_msg=leaf)
+        self.assertEqual(got[leaf].dtype, value.dtype)
+
+  def test_mixed_precision(self):
+    with jax.enable_x64(True):
+      base = {"a": jnp.zeros(40, jnp.float64), "b": jnp.zeros(40, jnp.bfloat16)}
+      rng = np.random.default_rng(0)
+      models = [
+        {
+          "a": jnp.asarray(rng.normal(size=40)),
+          "b": jnp.asarray(rng.normal(size=40), jnp.bfloat16),
+        }
+        for _ in range(2)
+      ]
+      method = merging.get("ties", density=0.3)
+      got = dict(merging.merge_leaves(method, base, models))
+      for name, leaf in method(base, models).items():
+        np.testing.assert_array_equal(got[name], leaf)
+
+  def test_errors(self):
+    base, model = _params(0), _params(1)
+    nothing = merging.LazyLeaf((7,), np.float32, lambda: self.fail("read"))
+    other = {**model, "b": merging.LazyLeaf((8,), np.float32, nothing.read)}
+    method = merging.get("magmax")
+    with self.assertRaisesRegex(
+      tree.TreeMismatchError, r"'b' has shape \(7,\) in base but \(8,\)"
+    ):
+      next(merging.merge_leaves(method, base, [other]))
+    wrong = merging.LazyLeaf((7,), np.float32, lambda: np.zeros(8, np.float32))
+    with self.assertRaisesRegex(
+      tree.TreeMismatchError,
+      r"'b' of model 0 was announced as float32 of shape",
+    ):
+      list(merging.merge_leaves(method, base, [{**model, "b": wrong}]))
+    bad = {**model, "b": np.full(7, np.nan, np.float32)}
+    with self.assertRaisesRegex(ValueError, "'b' of model 0 holds NaN"):
+      list(merging.merge_leaves(method, base, [bad]))
+    with self.assertRaisesRegex(ValueError, "give a PRNG key"):
+      next(merging.merge_leaves(merging.get("dare"), base, [model]))
+    with self.assertRaisesRegex(ValueError, "density must lie"):
+      next(
+        merging.merge_leaves(merging.get("ties", density=2.0), base, [model])
+      )
+
+
+class StreamedThresholdTest(parameterized.TestCase):
+  @hypothesis.settings(max_examples=40, deadline=None)
+  @hypothesis.given(
+    hnp.arrays(
+      np.float32,
+      24,
+      elements=strategies.floats(width=32, allow_nan=False),
+    ),
+    strategies.integers(1, 24),
+  )
+  def test_is_the_sort(self, values, k):
+    pieces = [jnp.asarray(values[:5]), jnp.asarray(values[5:]).reshape(19, 1)]
+    got = _streamed_threshold.streamed_kth_largest_bits(lambda: pieces, k)
+    want = np.sort(np.abs(values))[::-1][k - 1]
+    self.assertEqual(got.view(np.float32), want)
+
+  def test_more_than_a_block(self):
+    """Blocks of the counting make no difference."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(1 << 20) + 3).astype(np.float32)
+    for k in (1, 1000, values.size):
+      got = _streamed_threshold.streamed_kth_largest_bits(
+        lambda: [jnp.asarray(values)], k
+      )
+      self.assertEqual(
+        got.view(np.float32), np.sort(np.abs(values))[::-1][k - 1]
+      )
+
+  def test_wide(self):
+    with jax.enable_x64(True):
+      values = np.random.default_rng(0).normal(size=100)
+      values[:50] = values[0] + np.arange(50) * 2e-16
+      for k in (1, 30, 100):
+        got = _streamed_threshold.streamed_kth_largest_bits(
+          lambda: [jnp.asarray(values)], k, np.uint64
+        )
+        self.assertEqual(
+          got.view(np.float64), np.sort(np.abs(values))[::-1][k - 1]
+        )
+
+
+if __name__ == "__main__":
+  absltest.main()
