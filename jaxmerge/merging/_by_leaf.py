@@ -12,15 +12,20 @@ import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
+  _consensus,
+  _gathered,
+  _leafwise,
   _leaves,
   _method,
   _registry,
+  _ties,
   _ties_by_leaf,
   _values,
 )
 
 PyTree = Any
 Array = jax.Array
+_Bind = Callable[[int], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,74 @@ def _of_leaf(
   return lambda place: {name: pick(place) for name, pick in found.items()}
 
 
+def _whole_ties(
+  leaves: Mapping[int, Any],
+  read: _ties_by_leaf.Read,
+  weights: Sequence[Sequence[Any]],
+  options: Mapping[str, Any],
+  bind: _Bind,
+) -> Callable[[int], _method.MergeMethod]:
+  """TIES of each leaf, told what was found in the whole vector."""
+  density, *kinds = (
+    options[name] for name in ("density", "elect", "merge", "zero_sign")
+  )
+  _ties.check_options(density, "vector", *kinds)
+  rule = _ties_by_leaf.told_rule(*kinds)
+  vector = _ties_by_leaf.scan(leaves, read, weights, density, rule)
+  return lambda place: _leafwise.leafwise_method(
+    rule,
+    options={
+      "scale": bind(place).get("scale", options["scale"]),
+      **vector.values(),
+    },
+    dtype=options.get("dtype"),
+    allow_nonfinite=True,
+  )
+
+
+def _whole_consensus(
+  leaves: Mapping[int, Any],
+  read: _ties_by_leaf.Read,
+  weights: Sequence[Sequence[Any]],
+  options: Mapping[str, Any],
+  bind: _Bind,
+) -> Callable[[int], _method.MergeMethod]:
+  """Consensus on the vector of TIES, likewise."""
+  _consensus.check_options(
+    options["min_tasks"],
+    len(weights),
+    options["multi_task"],
+    options["density"],
+    options["merge"],
+  )
+  rule = _ties_by_leaf.told_rule("mass", options["merge"], "majority", True)
+  vector = _ties_by_leaf.scan(leaves, read, weights, options["density"], rule)
+
+  def make(place: int) -> _method.MergeMethod:
+    given = {**options, **bind(place)}
+    names = ("scale", "tall_lambda", "min_tasks", "dtype")
+
+    def merge(
+      base: PyTree, models: Sequence[PyTree], *, weights: Any
+    ) -> PyTree:
+      return _consensus.keep_used(
+        base,
+        models,
+        weights,
+        rule,
+        {"scale": 1.0, **vector.values()},
+        **{name: given[name] for name in names if name in given},
+        allow_nonfinite=True,
+      )
+
+    return _gathered.gathering_method(merge, allow_nonfinite=True)
+
+  return make
+
+
+_WHOLE = {"consensus": _whole_consensus, "ties": _whole_ties}
+
+
 def merge_leaves(
   method: _registry.RegisteredMethod,
   base: PyTree,
@@ -110,7 +183,7 @@ def merge_leaves(
   Raises:
     TreeMismatchError: If the trees differ, or a leaf is not what it was
       announced as.
-    ValueError: If the method cannot be used leaf by leaf, or as the method.
+    ValueError: As the method.
 
   >>> from jaxmerge.merging import get
   >>> base, models = {"a": 0.0, "b": 1.0}, [{"a": 2.0, "b": 3.0}]
@@ -149,22 +222,16 @@ def merge_leaves(
       _leaves.check_finite([leaf], [owners[owner]], found)
     return leaf
 
-  make = lambda place: _registry.get(  # noqa: E731
-    method.info.name, **bind(place), allow_nonfinite=True
-  ).method(key)
+  def of_leaf(place: int) -> _method.MergeMethod:
+    return _registry.get(
+      method.info.name, **bind(place), allow_nonfinite=True
+    ).method(key)
+
+  make: Callable[[int], _method.MergeMethod] = of_leaf
   if not method.info.leafwise:
-    if method.info.name != "ties":
-      raise ValueError(
-        f"{method.info.name} looks at all leaves at once with these options,"
-        " and cannot merge leaf by leaf"
-      )
-    make = _ties_by_leaf.methods(
-      {place: trees[0][place] for place in sorted(merged)},
-      read,
-      columns,
-      {**method.info.options, **options},
-      bind,
-    )
+    unread = {place: trees[0][place] for place in sorted(merged)}
+    given = {**method.info.options, **options}
+    make = _WHOLE[method.info.name](unread, read, columns, given, bind)
   for place, name in enumerate(names):
     start = read(place, 0)
     if place not in merged:

@@ -14,6 +14,7 @@ from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
   _gathered,
+  _leafwise,
   _leaves,
   _method,
   _multi_task,
@@ -137,7 +138,7 @@ def tall_masks(
       base,
       models,
       None,
-      _combine.total(),
+      _multi_task.vector_rule(_combine.total()),
       select=select,
       # They have been looked at.
       allow_nonfinite=True,
@@ -248,7 +249,7 @@ def consensus_method(
   >>> print(method.finalize(state)["w"])
   1.5
   """
-  _check_options(min_tasks, multi_task, density, merge)
+  check_options(min_tasks, None, multi_task, density, merge)
   function = functools.partial(
     consensus,
     scale=scale,
@@ -262,11 +263,21 @@ def consensus_method(
   return _gathered.gathering_method(function, **options)
 
 
-def _check_options(
-  min_tasks: int, multi_task: str, density: Any, merge: str
+def check_options(
+  min_tasks: int,
+  num_models: int | None,
+  multi_task: str,
+  density: Any,
+  merge: str,
 ) -> None:
+  """Raises for options that are unknown or out of their range."""
   if operator.index(min_tasks) < 0:
     raise ValueError(f"min_tasks must not be negative; got {min_tasks}")
+  if num_models is not None and min_tasks > num_models:
+    raise ValueError(
+      f"min_tasks is {min_tasks} but the number of models is {num_models}:"
+      " nothing would be kept; give more models or a smaller min_tasks"
+    )
   _sparsify.check_choice(multi_task, "multi_task", _MULTI_TASK)
   _sparsify.check_choice(merge, "merge", ("mean", "sum", "max"))
   _values.check_range(density, "density", 0, 1, open_low=True)
@@ -330,36 +341,77 @@ def consensus(
   [3. 0.]
   """
   models = _method.check_models(models)
-  _check_options(min_tasks, multi_task, density, merge)
-  if min_tasks > len(models):
-    raise ValueError(
-      f"min_tasks is {min_tasks} but the number of models is {len(models)}:"
-      " nothing would be kept; give more models or a smaller min_tasks"
+  check_options(min_tasks, len(models), multi_task, density, merge)
+  rule, values = _multi_task.vector_rule(_combine.total()), {}
+  if multi_task == "ties":
+    rule = _multi_task.vector_rule(
+      _combine.elected("mass", merge, "majority", "vector"),
+      _sparsify.magnitude("vector"),
     )
+    values = {"density": density}
+  return keep_used(
+    base,
+    models,
+    weights,
+    rule,
+    values,
+    scale=scale,
+    tall_lambda=tall_lambda,
+    min_tasks=min_tasks,
+    **options,
+  )
+
+
+def keep_used(
+  base: PyTree,
+  models: Sequence[PyTree],
+  weights: Any,
+  rule: _leafwise.LeafRule,
+  values: dict[str, Any],
+  *,
+  scale: Any,
+  tall_lambda: Any,
+  min_tasks: int,
+  select: str | Callable[[str], bool] | None = None,
+  dtype: Any = None,
+  allow_nonfinite: bool = False,
+) -> PyTree:
+  """Keeps of a multi-task vector what several tasks use.
+
+  Args:
+    base: See `consensus`.
+    models: Likewise.
+    weights: Likewise.
+    rule: What merges the task vectors; see `_multi_task.vector_rule`.
+    values: Its options.
+    scale: See `consensus`, as the rest.
+    tall_lambda: Threshold of the masks.
+    min_tasks: Number of tasks that must use an entry.
+    select: See `MergeOptions`, as the others.
+    dtype: Dtype of the result.
+    allow_nonfinite: Whether NaN and infinity are let through.
+
+  Returns:
+    The merged parameters.
+  """
   names = ["base", *(f"model {i}" for i in range(len(models)))]
   tree.check_match(base, *models, names=names)
-  select, dtype = options.get("select"), options.get("dtype")
   merged = _leaves.merged_leaves(base, select)
   factors = _factors(tall_lambda, base, len(models), merged)
   scales = _leaves.resolve({"scale": scale}, base, merged)
-  combiner, sparsifier = _combine.total(), None
-  if multi_task == "ties":
-    combiner = _combine.elected("mass", merge, "majority", "vector")
-    sparsifier = _sparsify.magnitude("vector")
   vectors = _multi_task.multi_task_vector(
     base,
     models,
     weights,
-    combiner,
-    sparsifier,
-    options=None if sparsifier is None else {"density": density},
+    rule,
+    options=values,
     select=select,
-    allow_nonfinite=options.get("allow_nonfinite", False),
+    allow_nonfinite=allow_nonfinite,
   )
   bases = jax.tree.leaves(base)
   all_leaves = [jax.tree.leaves(params) for params in models]
   results = []
-  for leaf, vector, factor, values in zip(
+  for leaf, vector, factor, found in zip(
     merged, vectors, factors, scales, strict=True
   ):
     count = jnp.zeros_like(vector, jnp.int32)
@@ -373,7 +425,7 @@ def consensus(
         vector,
         count,
         jnp.int32(min_tasks),
-        values["scale"],
+        found["scale"],
         _leaves.result_dtype(bases[leaf.place], dtype),
       )
     )

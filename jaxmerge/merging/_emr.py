@@ -201,7 +201,7 @@ def emr(
     base,
     models,
     weights,
-    _elected(),
+    _multi_task.vector_rule(_elected()),
     select=select,
     allow_nonfinite=options.get("allow_nonfinite", False),
   )

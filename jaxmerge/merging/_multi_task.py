@@ -24,9 +24,11 @@ Array = jax.Array
 
 
 @functools.cache
-def _vector_rule(
-  combiner: _combine.Combiner, sparsifier: _sparsify.Sparsifier | None
+def vector_rule(
+  combiner: _combine.Combiner, sparsifier: _sparsify.Sparsifier | None = None
 ) -> _leafwise.LeafRule:
+  """The rule of a merged task vector that is not added to the base."""
+
   def finalize(
     accumulator: Any, base: Array, values: Any, total: Array | None
   ) -> Array:
@@ -41,8 +43,7 @@ def multi_task_vector(
   base: PyTree,
   models: Sequence[PyTree],
   weights: Any,
-  combiner: _combine.Combiner,
-  sparsifier: _sparsify.Sparsifier | None = None,
+  rule: _leafwise.LeafRule,
   *,
   options: dict[str, Any] | None = None,
   select: str | Callable[[str], bool] | None = None,
@@ -54,9 +55,8 @@ def multi_task_vector(
     base: The base.
     models: The models.
     weights: One for each model, or None.
-    combiner: From task vectors to one.
-    sparsifier: On each task vector; None for the identity.
-    options: Values by name, those of the sparsifier.
+    rule: What merges the task vectors; see `vector_rule`.
+    options: Values by name, those of the rule.
     select: See `MergeOptions`, as the other.
     allow_nonfinite: Whether NaN and infinity are let through.
 
@@ -71,7 +71,7 @@ def multi_task_vector(
   leaves = jax.tree.leaves(base)
   dtypes = [tree.accumulation_dtype(leaves[leaf.place]) for leaf in merged]
   vector = _leafwise.merge(
-    _vector_rule(combiner, sparsifier),
+    rule,
     base,
     models,
     weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,11 @@ from jaxmerge.merging import (
   _combine,
   _leafwise,
   _leaves,
-  _method,
+  _multi_task,
   _sparsify,
   _streamed_threshold,
   _task_vectors,
   _threshold,
-  _ties,
   _values,
 )
 
@@ -29,15 +28,28 @@ Read = Callable[[int, int], dict[str, Any]]
 
 
 @functools.cache
-def _rule(elect: str, merge: str, zero_sign: str) -> _leafwise.LeafRule:
-  """TIES of one leaf that is told the vector's thresholds and majority."""
+def told_rule(
+  elect: str, merge: str, zero_sign: str, vector: bool = False
+) -> _leafwise.LeafRule:
+  """TIES of one leaf that is told the thresholds and the majority.
+
+  Args:
+    elect: See `ties`, as the two that follow.
+    merge: "mean", "sum" or "max".
+    zero_sign: "majority" or "positive".
+    vector: Whether the result is the merged task vector alone.
+
+  Returns:
+    The rule; its options are `scale` and those of `Vector.values`.
+  """
 
   def apply(tau: Array, step: _leafwise.Step) -> Array:
     least = step.values["threshold"]
     bits = _threshold.magnitude_bits(tau, least.dtype)
     return jnp.where(bits >= least, tau, 0)
 
-  rule = _task_vectors.task_vector_rule(
+  make = _multi_task.vector_rule if vector else _task_vectors.task_vector_rule
+  rule = make(
     _combine.elected(elect, merge, zero_sign, "vector"),
     _sparsify.Sparsifier(apply),
   )
@@ -45,6 +57,7 @@ def _rule(elect: str, merge: str, zero_sign: str) -> _leafwise.LeafRule:
   def finalize(
     accumulator: Any, base: Array, values: dict[str, Array], total: Any
   ) -> Array:
+    # The sum over this leaf alone.
     del total
     return rule.finalize(accumulator, base, values, values["majority"])
 
@@ -59,18 +72,33 @@ def _difference(base: Array, leaf: Array) -> Array:
 @functools.partial(jax.jit, static_argnames="rule")
 def _signs(rule: _leafwise.LeafRule, accumulator: Any) -> Array:
   """Positive elected signs less negative ones."""
-  if rule.summarize is None:
-    return jnp.zeros((), jnp.int32)
+  assert rule.summarize is not None
   return rule.summarize(accumulator)
 
 
-def methods(
+class Vector(NamedTuple):
+  """What TIES knows of the whole vector.
+
+  Attributes:
+    thresholds: The least magnitude that is kept of each model, as bits.
+    majority: Sign of the majority of the elected signs.
+  """
+
+  thresholds: list[Any]
+  majority: np.int32
+
+  def values(self) -> dict[str, Any]:
+    """As options of a rule."""
+    return {"threshold": self.thresholds, "majority": self.majority}
+
+
+def scan(
   leaves: Mapping[int, Any],
   read: Read,
   weights: Sequence[Sequence[Any]],
-  options: Mapping[str, Any],
-  bind: Callable[[int], Mapping[str, Any]],
-) -> Callable[[int], _method.MergeMethod]:
+  density: Any,
+  rule: _leafwise.LeafRule,
+) -> Vector:
   """Reads what TIES needs to know of the whole vector.
 
   Args:
@@ -78,17 +106,13 @@ def methods(
     read: `read(place, owner) -> {name: leaf}`, owner 0 being the base and
       `i + 1` model i.
     weights: For each model the weights of all leaves.
-    options: All options of `ties`, and perhaps `dtype`.
-    bind: The options that were given, resolved for the leaf of a place.
+    density: One for all models, or one for each.
+    rule: What will merge the leaves, from `told_rule`.
 
   Returns:
-    A function from a leaf's place to the method that merges it.
+    The thresholds and the majority.
   """
-  elect, merge, zero_sign = (
-    options[name] for name in ("elect", "merge", "zero_sign")
-  )
-  _ties.check_options(options["density"], "vector", elect, merge, zero_sign)
-  densities = _values.per_model(options["density"], len(weights), "densities")
+  densities = _values.per_model(density, len(weights), "densities")
   size = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
   magnitudes = [
     np.abs(np.zeros((), tree.accumulation_dtype(leaf)))
@@ -110,26 +134,16 @@ def methods(
     )
     for i, density in enumerate(densities)
   ]
-  rule = _rule(elect, merge, zero_sign)
-
-  def make(place: int, majority: int = 0) -> _method.MergeMethod:
-    return _leafwise.leafwise_method(
-      rule,
-      options={
-        "scale": bind(place).get("scale", options["scale"]),
-        "threshold": thresholds,
-        "majority": np.int32(majority),
-      },
-      dtype=options.get("dtype"),
-      allow_nonfinite=True,
-    )
-
+  if rule.summarize is None:
+    return Vector(thresholds, np.int32(0))
+  options = {"scale": 1.0, **Vector(thresholds, np.int32(0)).values()}
+  method = _leafwise.leafwise_method(
+    rule, options=options, allow_nonfinite=True
+  )
   total = 0
-  if rule.summarize is not None:
-    for place in leaves:
-      method = make(place)
-      state = method.init(read(place, 0))
-      for i, column in enumerate(weights):
-        state = method.update(state, read(place, i + 1), column[place])
-      total += sum(int(_signs(rule, one)) for one in state.accumulators)
-  return lambda place: make(place, int(np.sign(total)))
+  for place in leaves:
+    state = method.init(read(place, 0))
+    for i, column in enumerate(weights):
+      state = method.update(state, read(place, i + 1), column[place])
+    total += sum(int(_signs(rule, one)) for one in state.accumulators)
+  return Vector(thresholds, np.int32(np.sign(total)))
