@@ -37,6 +37,12 @@ from jaxmerge.merging._emr import (
   emr_unified,
   emr_unified_method,
 )
+from jaxmerge.merging._fisher import diagonal_fisher, squared_gradients
+from jaxmerge.merging._fisher_average import (
+  fisher_average,
+  fisher_average_method,
+)
+from jaxmerge.merging._grams import gram_matrices, gram_matrix
 from jaxmerge.merging._karcher import (
   KarcherInfo,
   karcher_info,
@@ -74,6 +80,7 @@ from jaxmerge.merging._registry import (
   info,
   names,
 )
+from jaxmerge.merging._regmean import regmean, regmean_method
 from jaxmerge.merging._sce import sce, sce_method
 from jaxmerge.merging._sign_conflicts import SignConflicts, sign_conflicts
 from jaxmerge.merging._slerp import (
@@ -117,15 +124,20 @@ __all__ = (
   "dare_method",
   "della",
   "della_method",
+  "diagonal_fisher",
   "ema",
   "ema_method",
   "emr",
   "emr_params",
   "emr_unified",
   "emr_unified_method",
+  "fisher_average",
+  "fisher_average_method",
   "fold",
   "get",
   "info",
+  "gram_matrices",
+  "gram_matrix",
   "karcher_info",
   "karcher_mean",
   "karcher_mean_method",
@@ -148,12 +160,15 @@ __all__ = (
   "passthrough",
   "random_mix",
   "random_mix_method",
+  "regmean",
+  "regmean_method",
   "sce",
   "sce_method",
   "selected_shares",
   "sign_conflicts",
   "slerp",
   "slerp_method",
+  "squared_gradients",
   "tall_masks",
   "task_arithmetic",
   "task_arithmetic_method",

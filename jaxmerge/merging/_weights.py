@@ -108,6 +108,21 @@ def unweighted(
   return method._replace(update=update)
 
 
+def nonnegative(method: _method.MergeMethod) -> _method.MergeMethod:
+  """A method whose update takes no weight that is negative, unless traced."""
+
+  def update(
+    state: _method.MergeState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
+  ) -> _method.MergeState:
+    _values.check_range(weight, "weight", 0, np.inf)
+    return method.update(state, params, weight, statistics)
+
+  return method._replace(update=update)
+
+
 def model_names(models: Sequence[PyTree]) -> list[str]:
   """What messages call models, the first of which is also the base."""
   return ["model 0", *(f"model {i}" for i in range(len(models)))]
