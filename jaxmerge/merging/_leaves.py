@@ -66,6 +66,12 @@ def widen(leaf: Any) -> Array:
 
 
 @jax.jit
+def _has_finite_sum(leaf: Array) -> Array:
+  """Whether a leaf is finite for sure; a sum is read at the memory's speed."""
+  return jnp.isfinite(jnp.sum(leaf, dtype=tree.accumulation_dtype(leaf)))
+
+
+@jax.jit
 def _all_finite(leaf: Array) -> Array:
   return jnp.isfinite(leaf).all()
 
@@ -87,6 +93,11 @@ def merged_leaves(
   ]
 
 
+def _known_finite(value: Any) -> bool:
+  with jax.ensure_compile_time_eval():
+    return bool(_all_finite(value))
+
+
 def check_finite(
   trees: Sequence[PyTree], names: Sequence[str], merged: Sequence[Leaf]
 ) -> None:
@@ -99,9 +110,10 @@ def check_finite(
       if not _values.is_traced(value) and np.size(value):
         # A known array that a traced function closes over is known still.
         with jax.ensure_compile_time_eval():
-          flags.append((_all_finite(value), leaf.name, name))
-  for flag, leaf_name, name in flags:
-    if not flag:
+          flags.append((_has_finite_sum(value), value, leaf.name, name))
+  for flag, value, leaf_name, name in flags:
+    # The sum of finite numbers may be infinite.
+    if not flag and not _known_finite(value):
       raise ValueError(
         f"leaf '{leaf_name}' of {name} holds NaN or infinity; mend it, or let"
         " it through with allow_nonfinite=True"
