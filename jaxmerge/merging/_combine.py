@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.merging import _leafwise
+from jaxmerge.merging import _draws, _leafwise, _reductions
 
 Array = jax.Array
 
@@ -95,7 +95,7 @@ def chosen() -> Combiner:
     values, weight = accumulator
     weight = weight + step.weight
     # Reservoir sampling: the newcomer replaces with probability w_k / sum.
-    drawn = jax.random.uniform(step.key, tau.shape)
+    drawn = _draws.uniform(step.key, tau.shape)
     takes = drawn.astype(weight.dtype) * weight < step.weight
     return jnp.where(takes, tau, values), weight
 
@@ -141,7 +141,9 @@ def elected(by: str, merge: str, zero_sign: str, scope: str) -> Combiner:
     return new
 
   def summarize(accumulator: dict[str, Array]) -> Array:
-    return jnp.sum(jnp.sign(accumulator["vote"]).astype(jnp.int32))
+    vote = accumulator["vote"]
+    up, down = _reductions.counts([vote > 0, vote < 0])
+    return up.astype(jnp.int32) - down.astype(jnp.int32)
 
   def finalize(accumulator: dict[str, Array], summary: Array | None) -> Array:
     sign = jnp.sign(accumulator["vote"])

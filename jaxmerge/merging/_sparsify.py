@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.merging import _leafwise, _threshold
+from jaxmerge.merging import _draws, _leafwise, _threshold
 
 Array = jax.Array
 Values = dict[str, Any]
@@ -99,7 +99,7 @@ def random(rescale: str | None = "density") -> Sparsifier:
   def apply(tau: Array, step: _leafwise.Step) -> Array:
     assert step.key is not None
     density = step.values["density"]
-    is_kept = jax.random.uniform(step.key, tau.shape) < density
+    is_kept = _draws.bernoulli(step.key, tau.shape, density)
     return _rescale(tau, jnp.where(is_kept, tau, 0), rescale, density)
 
   return Sparsifier(apply)
@@ -122,7 +122,7 @@ def by_rank(rescale: str | None, axis: int) -> Sparsifier:
     probability = step.values["density"].astype(rows.dtype) + width * (
       rank - 0.5
     )
-    is_kept = jax.random.uniform(step.key, rows.shape) < probability
+    is_kept = _draws.uniform(step.key, rows.shape) < probability
     kept = jnp.where(is_kept, rows, 0)
     if rescale == "density":
       kept = kept / probability
