@@ -43,6 +43,12 @@ from jaxmerge.merging._fisher_average import (
   fisher_average_method,
 )
 from jaxmerge.merging._grams import gram_matrices, gram_matrix
+from jaxmerge.merging._iso import (
+  iso_c,
+  iso_c_method,
+  iso_cts,
+  iso_cts_method,
+)
 from jaxmerge.merging._karcher import (
   KarcherInfo,
   karcher_info,
@@ -97,6 +103,7 @@ from jaxmerge.merging._task_arithmetic import (
   task_vector,
 )
 from jaxmerge.merging._ties import ties, ties_method
+from jaxmerge.merging._tsv import tsv_merge, tsv_merge_method
 
 __all__ = (
   "EMR",
@@ -138,6 +145,10 @@ __all__ = (
   "info",
   "gram_matrices",
   "gram_matrix",
+  "iso_c",
+  "iso_c_method",
+  "iso_cts",
+  "iso_cts_method",
   "karcher_info",
   "karcher_mean",
   "karcher_mean_method",
@@ -175,6 +186,8 @@ __all__ = (
   "task_vector",
   "ties",
   "ties_method",
+  "tsv_merge",
+  "tsv_merge_method",
   "update_consistency",
   "weighted_average",
 )

@@ -131,7 +131,9 @@ class _Batch(NamedTuple):
 def _pick(values: dict[str, Array], index: Array) -> dict[str, Array]:
   """One model's values: those with an axis are of one value a model."""
   return {
-    name: value[index] if value.ndim else value
+    name: value[index]
+    if not isinstance(value, _leaves.Static) and value.ndim
+    else value
     for name, value in values.items()
   }
 

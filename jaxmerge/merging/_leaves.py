@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -42,6 +43,28 @@ class Leaf(NamedTuple):
   place: int
   name: str
   seed: np.uint32
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+  """An option's value for a leaf that kernels are compiled for.
+
+  Attributes:
+    value: Anything that can be hashed.
+  """
+
+  value: Hashable
+
+
+class PerLeaf(NamedTuple):
+  """An option whose values for the leaves are computed from the base.
+
+  Attributes:
+    compute: `compute(base, merged) -> values`, one for each merged leaf.
+  """
+
+  compute: Callable[[PyTree, Sequence[Leaf]], Sequence[Any]]
 
 
 class Parts(NamedTuple):
@@ -125,12 +148,16 @@ def resolve(
   base: PyTree,
   merged: Sequence[Leaf],
   derive: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None,
-) -> list[dict[str, Array]]:
-  """The options' values for every merged leaf."""
+) -> list[dict[str, Any]]:
+  """The options' values for every merged leaf: arrays, or `Static`."""
   leaves = jax.tree.leaves(base)
   sizes = [int(np.size(leaves[leaf.place])) for leaf in merged]
   found: list[dict[str, Any]] = [{} for _ in merged]
   for name, value in options.items():
+    if isinstance(value, PerLeaf):
+      for one, computed in zip(found, value.compute(base, merged), strict=True):
+        one[name] = computed
+      continue
     if isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value):
       value = _values.per_model(value, len(value), name)
     # A NamedTuple is a prefix of a base of its kind.
@@ -152,7 +179,9 @@ def resolve(
   ]
 
 
-def _as_array(value: Any) -> Array:
+def _as_array(value: Any) -> Any:
+  if isinstance(value, Static):
+    return value
   if isinstance(value, list):
     return jnp.stack([jnp.asarray(one) for one in value])
   return jnp.asarray(value)
