@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxmerge.merging._adamerging import AdaMergingInfo, adamerging
 from jaxmerge.merging._analysis import (
   SelectedShares,
   UpdateConsistency,
@@ -106,6 +107,7 @@ from jaxmerge.merging._ties import ties, ties_method
 from jaxmerge.merging._tsv import tsv_merge, tsv_merge_method
 
 __all__ = (
+  "AdaMergingInfo",
   "EMR",
   "KarcherInfo",
   "LayerSlice",
@@ -118,6 +120,7 @@ __all__ = (
   "SelectedShares",
   "SignConflicts",
   "UpdateConsistency",
+  "adamerging",
   "arcee_fusion",
   "arcee_fusion_method",
   "average",
