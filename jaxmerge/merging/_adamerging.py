@@ -427,7 +427,8 @@ def adamerging(
     ValueError: If there are no models or no data, their numbers differ, an
       option is unknown or a value is out of its range, or a function does not
       return logits.
-    FloatingPointError: If an entropy is NaN or infinite; the steps end there.
+    FloatingPointError: If an entropy is NaN or infinite, at which the steps
+      end, or a coefficient.
 
   References:
     Yang et al., `AdaMerging: Adaptive Model Merging for Multi-Task Learning
@@ -508,7 +509,7 @@ def adamerging(
       models=_agreeing.agreeing_models(tensors.bases, tensors.models, density)
     )
   coefficients, entropies, taken = _learn(program, coefficients, tensors, key)
-  _check_entropies(entropies, taken)
+  _check_finite(entropies, coefficients, taken)
   weights = _weights(base, parts.merged, groups, coefficients)
   params = _task_arithmetic.task_arithmetic(
     base,
@@ -538,7 +539,7 @@ def _weights(
   return trees
 
 
-def _check_entropies(entropies: Array, taken: Array) -> None:
+def _check_finite(entropies: Array, coefficients: Array, taken: Array) -> None:
   if _values.is_traced(entropies):
     return
   last = int(taken) - 1
@@ -549,4 +550,9 @@ def _check_entropies(entropies: Array, taken: Array) -> None:
       f"the entropy of task {task} is {values[task]} at step {last}, counted"
       " from 0; lower the learning rate, or see whether the models give finite"
       " logits"
+    )
+  if not np.isfinite(np.asarray(coefficients)).all():
+    raise FloatingPointError(
+      f"a coefficient is not finite after step {last}, counted from 0; lower"
+      " the learning rate, or see whether logits_fn has a finite gradient"
     )
