@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import tree
 from jaxmerge.merging import (
   _agreeing,
   _leaves,
@@ -90,16 +91,17 @@ class _Tensors(NamedTuple):
 
 
 @functools.cache
-def _adam(learning_rate: Any) -> Any:
-  # A merge by formula needs no Optax. One object for each rate, so that the
-  # program is compiled once.
+def _adam(schedule: Callable[[Array], Any] | None) -> Any:
+  """Adam by a schedule, or before it is scaled by the learning rate."""
+  # A merge by formula needs no Optax. One object for each schedule, so that
+  # the program is compiled once.
   import optax
 
-  return optax.adam(learning_rate)
+  return optax.scale_by_adam() if schedule is None else optax.adam(schedule)
 
 
 def _mean_entropy(logits: Array) -> Array:
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(tree.accumulation_dtype(logits))
   log_p = jax.nn.log_softmax(logits)
   # A class that is ruled out has the logit -inf, and adds nothing.
   finite = jnp.where(log_p == -jnp.inf, 0, log_p)
@@ -124,8 +126,12 @@ def _merge(
   )
 
 
-def _orders(key: Array, size: int, batch_size: int, steps: int) -> Array:
-  """Rows of the batches [steps, batch_size]: epochs without replacement."""
+@functools.partial(jax.jit, static_argnames=("size", "batch_size", "steps"))
+def _order(
+  key: Array, task: Array, size: int, batch_size: int, steps: int
+) -> Array:
+  """Rows of a task's batches [steps, batch_size], without replacement."""
+  key = jax.random.fold_in(key, task)
   per_epoch = size // batch_size
   keys = jax.random.split(key, -(-steps // per_epoch))
   orders = jax.vmap(lambda one: jax.random.permutation(one, size))(keys)
@@ -179,18 +185,13 @@ def _entropies_and_gradient(
 
 @functools.partial(jax.jit, static_argnames="program")
 def _learn(
-  program: _Program, coefficients: Array, tensors: _Tensors, key: Array
+  program: _Program,
+  coefficients: Array,
+  rate: Array,
+  tensors: _Tensors,
+  orders: list[Array],
 ) -> tuple[Array, Array, Array]:
   """All steps: coefficients, entropies, and how many steps were taken."""
-  orders = [
-    _orders(
-      jax.random.fold_in(key, i),
-      _size(data),
-      program.batch_size,
-      program.steps,
-    )
-    for i, data in enumerate(tensors.data)
-  ]
   history = jnp.zeros((program.steps, len(tensors.data)), jnp.float32)
 
   def proceeds(carry: Any) -> Array:
@@ -206,7 +207,7 @@ def _learn(
     # Optax relies on the default promotion rules.
     with jax.numpy_dtype_promotion("standard"):
       updates, state = program.optimizer.update(gradient, state, coefficients)
-    coefficients = (coefficients + updates).astype(coefficients.dtype)
+    coefficients = coefficients + rate * updates.astype(rate.dtype)
     if program.clip is not None:
       coefficients = jnp.clip(coefficients, *program.clip)
     return step + 1, coefficients, state, history.at[step].set(entropies)
@@ -332,7 +333,8 @@ def _check_logits(program: _Program, tensors: _Tensors) -> None:
 def _initial(
   init: Any, tasks: int, layers: int, clip: tuple[float, float] | None
 ) -> Array:
-  shape = jnp.shape(init)
+  start = jnp.asarray(init, jnp.float32)
+  shape = start.shape
   if shape not in ((), (tasks,), (tasks, layers)):
     raise ValueError(
       f"init must be a scalar, or have shape ({tasks},) or ({tasks},"
@@ -340,7 +342,6 @@ def _initial(
     )
   low, high = clip or (-np.inf, np.inf)
   _values.check_range(init, "init", low, high)
-  start = jnp.asarray(init, jnp.float32)
   if start.ndim == 1:
     start = start[:, None]
   return jnp.broadcast_to(
@@ -467,10 +468,13 @@ def adamerging(
   )
   coefficients = _initial(init, tasks, len(names), clip)
   examples = _check_data(data, tasks, _positive(batch_size, "batch_size"))
-  if optimizer is None:
-    if not callable(learning_rate):
-      learning_rate = float(learning_rate)
+  # A number is no part of the program, which it would be compiled anew for.
+  rate = jnp.ones((), jnp.float32)
+  if optimizer is None and callable(learning_rate):
     optimizer = _adam(learning_rate)
+  elif optimizer is None:
+    optimizer = _adam(None)
+    rate = -jnp.asarray(learning_rate, jnp.float32)
   leaves = jax.tree.leaves(base)
   places = tuple(leaf.place for leaf in parts.merged)
   others = set(range(len(leaves))) - set(places)
@@ -508,7 +512,13 @@ def adamerging(
     tensors = tensors._replace(
       models=_agreeing.agreeing_models(tensors.bases, tensors.models, density)
     )
-  coefficients, entropies, taken = _learn(program, coefficients, tensors, key)
+  orders = [
+    _order(key, np.uint32(i), _size(one), program.batch_size, program.steps)
+    for i, one in enumerate(examples)
+  ]
+  coefficients, entropies, taken = _learn(
+    program, coefficients, rate, tensors, orders
+  )
   _check_finite(entropies, coefficients, taken)
   weights = _weights(base, parts.merged, groups, coefficients)
   params = _task_arithmetic.task_arithmetic(
