@@ -152,7 +152,7 @@ class GradientTest(parameterized.TestCase):
     """AdaMerging++: the largest that agree in sign, by NumPy."""
     base = jax.tree.map(lambda x: jnp.round(x * 4) / 4, params(0))
     models = [
-      jax.tree.map(lambda b, x: b + jnp.round(x * 64) / 64, base, params(i))
+      jax.tree.map(lambda b, x: b + jnp.round(x * 2) / 2, base, params(i))
       for i in (1, 2, 3)
     ]
     flat = lambda one: np.concatenate([x.ravel() for x in as_numpy(one)])  # noqa: E731
@@ -160,6 +160,8 @@ class GradientTest(parameterized.TestCase):
     for tau in taus:
       tau[np.abs(tau) < np.sort(np.abs(tau))[-int(0.4 * tau.size)]] = 0
     sign = np.sign(taus.sum(axis=0))
+    self.assertTrue(((sign == 0) & (taus != 0).any(axis=0)).any())
+    self.assertNotEqual(sign.sum(), 0)
     sign[sign == 0] = np.sign(sign.sum())
     kept = np.where(np.sign(taus) == sign, taus, 0)
     data = [examples(i, 6) for i in range(3)]
