@@ -22,7 +22,7 @@ from jaxmerge.merging._average import (
   weighted_average,
 )
 from jaxmerge.merging._breadcrumbs import breadcrumbs, breadcrumbs_method
-from jaxmerge.merging._by_leaf import LazyLeaf, merge_leaves
+from jaxmerge.merging._by_leaf import merge_leaves
 from jaxmerge.merging._consensus import (
   consensus,
   consensus_method,
@@ -57,6 +57,7 @@ from jaxmerge.merging._karcher import (
   karcher_mean_method,
 )
 from jaxmerge.merging._keep import keep
+from jaxmerge.merging._lazy import LazyLeaf
 from jaxmerge.merging._leafwise import LeafwiseState
 from jaxmerge.merging._leaves import MergeOptions
 from jaxmerge.merging._magmax import (
@@ -79,6 +80,7 @@ from jaxmerge.merging._nearswap import (
 from jaxmerge.merging._passthrough import (
   LayerSlice,
   passthrough,
+  passthrough_method,
 )
 from jaxmerge.merging._registry import (
   MethodInfo,
@@ -172,6 +174,7 @@ __all__ = (
   "nuslerp",
   "nuslerp_method",
   "passthrough",
+  "passthrough_method",
   "random_mix",
   "random_mix_method",
   "regmean",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
   _consensus,
   _gathered,
+  _lazy,
   _leafwise,
   _leaves,
   _method,
+  _passthrough_by_leaf,
   _registry,
   _ties,
   _ties_by_leaf,
@@ -26,40 +26,6 @@ from jaxmerge.merging import (
 PyTree = Any
 Array = jax.Array
 _Bind = Callable[[int], Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyLeaf:
-  """A leaf that is read when it is needed, and not kept.
-
-  Attributes:
-    shape: Its shape.
-    dtype: Its dtype.
-    read: `read() -> array`, of that shape and dtype.
-  """
-
-  shape: tuple[int, ...]
-  dtype: Any
-  read: Callable[[], Any]
-
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-    """The leaf as a NumPy array, for whatever reads one."""
-    return np.array(self.read(), dtype, copy=copy)
-
-
-def read_leaf(leaf: Any, name: str, owner: str) -> Any:
-  """What a leaf holds: a lazy one is read, anything else returned as it is."""
-  if isinstance(leaf, jax.Array) or not hasattr(leaf, "shape"):
-    return leaf
-  value = leaf.read() if isinstance(leaf, LazyLeaf) else np.asarray(leaf)
-  if tuple(value.shape) != tuple(leaf.shape) or value.dtype != leaf.dtype:
-    raise tree.TreeMismatchError(
-      f"leaf '{name}' of {owner} was announced as"
-      f" {np.dtype(leaf.dtype)} of shape"
-      f" {tuple(leaf.shape)} but read as {value.dtype} of shape"
-      f" {tuple(value.shape)}; is the checkpoint damaged?"
-    )
-  return jnp.asarray(value)
 
 
 def _of_leaf(
@@ -78,6 +44,33 @@ def _of_leaf(
 
   found = {name: resolve(value, name) for name, value in options.items()}
   return lambda place: {name: pick(place) for name, pick in found.items()}
+
+
+def _by_name(statistics: Any, base: PyTree, owner: str) -> dict[str, Any]:
+  """Statistics of each leaf: a tree like the base's, or a mapping of names."""
+  if statistics is None:
+    return {}
+  structure: Any = jax.tree.structure(statistics)
+  if structure == jax.tree.structure(base):
+    leaves = jax.tree.leaves(statistics)
+    return dict(zip(tree.leaf_names(base), leaves, strict=True))
+  unknown = set(tree.leaf_names(statistics)) - set(tree.leaf_names(base))
+  if not isinstance(statistics, Mapping) or unknown:
+    raise tree.TreeMismatchError(
+      f"{owner} has an entry for '{min(unknown, default='')}', which is no leaf"
+      " of the model; give a tree of its structure, or a mapping from names of"
+      " leaves"
+    )
+  return dict(statistics)
+
+
+def _whole_fisher(*given: Any) -> Callable[[int], _method.MergeMethod]:
+  del given
+  raise ValueError(
+    "fisher_average divides by the norm of the whole Fisher with"
+    " normalize='vector'; leaf by leaf, divide beforehand, for example with"
+    " jaxmerge.tree.scale, and leave normalize out"
+  )
 
 
 def _whole_ties(
@@ -145,7 +138,11 @@ def _whole_consensus(
   return make
 
 
-_WHOLE = {"consensus": _whole_consensus, "ties": _whole_ties}
+_WHOLE = {
+  "consensus": _whole_consensus,
+  "fisher_average": _whole_fisher,
+  "ties": _whole_ties,
+}
 
 
 def merge_leaves(
@@ -155,6 +152,7 @@ def merge_leaves(
   *,
   weights: Any = None,
   key: Array | None = None,
+  statistics: Sequence[Any] | None = None,
 ) -> Iterator[tuple[str, Array]]:
   """Merges checkpoints leaf by leaf: one leaf of one model is held at a time.
 
@@ -174,6 +172,8 @@ def merge_leaves(
     models: Likewise.
     weights: One for each model; see `task_arithmetic`.
     key: PRNG key, for a method that needs one.
+    statistics: One entry for each model, for a method that needs them, of
+      leaves that may be lazy as well.
 
   Yields:
     Name and value of each leaf of the base, in the order of
@@ -193,7 +193,12 @@ def merge_leaves(
   b 2.0
   """
   models = _method.check_models(models)
-  method.check(base, len(models), weights=weights, key=key)
+  method.check(
+    base, len(models), weights=weights, key=key, statistics=statistics
+  )
+  if method.info.name == "passthrough":
+    yield from _passthrough_by_leaf.leaves(models, **method.options)
+    return
   if not method.info.needs_base:
     base = models[0]
   owners = ["base", *(f"model {i}" for i in range(len(models)))]
@@ -216,11 +221,18 @@ def merge_leaves(
 
   def read(place: int, owner: int) -> dict[str, Any]:
     name = names[place]
-    leaf = {name: read_leaf(trees[owner][place], name, owners[owner])}
+    leaf = {name: _lazy.read_leaf(trees[owner][place], name, owners[owner])}
     if not allow_nonfinite and place in merged:
       found = _leaves.merged_leaves(leaf, None)
       _leaves.check_finite([leaf], [owners[owner]], found)
     return leaf
+
+  known = [
+    _by_name(one, base, f"statistics {i}")
+    for i, one in enumerate(
+      _method.per_model_statistics(statistics, len(models))
+    )
+  ]
 
   def of_leaf(place: int) -> _method.MergeMethod:
     return _registry.get(
@@ -243,6 +255,9 @@ def merge_leaves(
       # Without a base, the first model has been read in its place.
       is_read = i == 0 and not method.info.needs_base
       params = start if is_read else read(place, i + 1)
-      weight = {} if weights is None else {"weight": column[place]}
-      state = triple.update(state, params, **weight)
+      given = {} if weights is None else {"weight": column[place]}
+      if statistics is not None:
+        found = {name: known[i][name]} if name in known[i] else {}
+        given["statistics"] = jax.tree.map(np.asarray, found)
+      state = triple.update(state, params, **given)
     yield name, triple.finalize(state)[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge import tree
-from jaxmerge.merging import _leaves, _method, _values
+from jaxmerge.merging import (
+  _gathered,
+  _lazy,
+  _leaves,
+  _method,
+  _values,
+  _weights,
+)
 
 PyTree = Any
 KeyPath = tuple[Any, ...]
@@ -173,6 +181,16 @@ def _check_slice(
   return one
 
 
+def _scale(leaf: Any, factor: Any) -> Any:
+  wide = _leaves.widen(leaf)
+  scaled = wide * jnp.asarray(factor).astype(wide.dtype)
+  return scaled.astype(jnp.asarray(leaf).dtype)
+
+
+def _read_scaled(leaf: _lazy.LazyLeaf, factor: Any) -> Any:
+  return _scale(leaf.read(), factor)
+
+
 def _scaled(layer: PyTree, scale: Any, name: str) -> PyTree:
   if scale is None:
     return layer
@@ -182,9 +200,11 @@ def _scaled(layer: PyTree, scale: Any, name: str) -> PyTree:
     jax.tree.leaves(layer), _values.per_leaf(scale, layer, name), strict=True
   ):
     if tree.is_float(leaf):
-      wide = _leaves.widen(leaf)
-      scaled = wide * jnp.asarray(factor).astype(wide.dtype)
-      leaf = scaled.astype(jnp.asarray(leaf).dtype)
+      if isinstance(leaf, _lazy.LazyLeaf):
+        read = functools.partial(_read_scaled, leaf, factor)
+        leaf = _lazy.LazyLeaf(leaf.shape, leaf.dtype, read)
+      else:
+        leaf = _scale(leaf, factor)
     leaves.append(leaf)
   return treedef.unflatten(leaves)
 
@@ -246,8 +266,7 @@ def passthrough(
 
   With slices :math:`(m_j, a_j, b_j)` the layers of the result are those
   numbered :math:`a_1, \dots, b_1 - 1` of model :math:`m_1`, then
-  :math:`a_2, \dots, b_2 - 1` of model :math:`m_2`, and so on. It is a function
-  only, not a `MergeMethod`: the result has another structure than the models.
+  :math:`a_2, \dots, b_2 - 1` of model :math:`m_2`, and so on.
 
   Args:
     models: One or more trees. Their depths and leaves may differ; whether the
@@ -329,3 +348,61 @@ def passthrough(
   if not allow_nonfinite:
     _leaves.check_finite([result], ["the result"], merged)
   return _leaves.rebuild(result, [], [], dtype) if dtype else result
+
+
+def passthrough_method(
+  slices: Sequence[LayerSlice | tuple[Any, ...]],
+  *,
+  pattern: str = PATTERN,
+  rest: int = 0,
+  dtype: Any = None,
+  allow_nonfinite: bool = False,
+) -> _method.MergeMethod:
+  """Passthrough as a method, which keeps all models; see `passthrough`.
+
+  Args:
+    slices: See `passthrough`, as the rest.
+    pattern: What finds the numbers of layers.
+    rest: Place of the model that everything else is taken from.
+    dtype: Dtype of the result.
+    allow_nonfinite: Whether NaN and infinity are let through.
+
+  Returns:
+    The method. Unlike others, it takes models of other structures than its
+    base, which it does not use, and its ``update`` takes no weights.
+
+  >>> method = passthrough_method([(0, 0, 2), (0, 1, 2)])
+  >>> model = {"h_0": 1.0, "h_1": 2.0}
+  >>> method.finalize(method.update(method.init(model), model))
+  {'h_0': 1.0, 'h_1': 2.0, 'h_2': 2.0}
+  """
+
+  def init(base: PyTree) -> _gathered.GatheredState:
+    return _gathered.GatheredState(base, (), ())
+
+  def update(
+    state: _gathered.GatheredState,
+    params: PyTree,
+    weight: Any = 1.0,
+    statistics: Any = None,
+  ) -> _gathered.GatheredState:
+    _method.check_no_statistics(statistics)
+    return state._replace(
+      models=(*state.models, params), weights=(*state.weights, weight)
+    )
+
+  def finalize(state: _gathered.GatheredState) -> PyTree:
+    return passthrough(
+      state.models,
+      slices,
+      pattern=pattern,
+      rest=rest,
+      dtype=dtype,
+      allow_nonfinite=allow_nonfinite,
+    )
+
+  return _weights.unweighted(
+    _method.MergeMethod(init, update, finalize),
+    "passthrough",
+    "scale a slice instead",
+  )

@@ -18,23 +18,31 @@ from jaxmerge.merging import (
   _dare,
   _della,
   _emr,
+  _fisher_average,
+  _iso,
   _karcher,
   _leaves,
   _magmax,
   _method,
   _model_stock,
   _nearswap,
+  _passthrough,
+  _regmean,
   _sce,
   _slerp,
   _task_arithmetic,
   _ties,
+  _tsv,
 )
 
 PyTree = Any
 Array = jax.Array
 
 # Arguments of a list function that are not options.
-_ARGUMENTS = frozenset({"base", "models", "model", "weights", "key"})
+_STATISTICS = ("fishers", "grams")
+_ARGUMENTS = frozenset(
+  {"base", "models", "model", "weights", "key", *_STATISTICS}
+)
 
 
 class MethodInfo(NamedTuple):
@@ -122,6 +130,15 @@ _ENTRIES: dict[str, _Entry] = {
   "della": _Entry(_della.della, _della.della_method),
   "ema": _Entry(_average.ema, _average.ema_method),
   "emr_unified": _Entry(_emr.emr_unified, _emr.emr_unified_method),
+  "fisher_average": _Entry(
+    _fisher_average.fisher_average,
+    _fisher_average.fisher_average_method,
+    needs_base=False,
+    leafwise=lambda options: options["normalize"] != "vector",
+    statistics="diagonal_fisher",
+  ),
+  "iso_c": _Entry(_iso.iso_c, _iso.iso_c_method),
+  "iso_cts": _Entry(_iso.iso_cts, _iso.iso_cts_method, streams=False),
   "karcher_mean": _Entry(
     _karcher.karcher_mean,
     _karcher.karcher_mean_method,
@@ -158,7 +175,20 @@ _ENTRIES: dict[str, _Entry] = {
     min_models=2,
     max_models=2,
   ),
+  "passthrough": _Entry(
+    _passthrough.passthrough,
+    _passthrough.passthrough_method,
+    needs_base=False,
+    streams=False,
+    takes_weights=False,
+  ),
   "random_mix": _Entry(_magmax.random_mix, _magmax.random_mix_method),
+  "regmean": _Entry(
+    _regmean.regmean,
+    _regmean.regmean_method,
+    needs_base=False,
+    statistics="gram_matrices",
+  ),
   "sce": _Entry(_sce.sce, _sce.sce_method, streams=False),
   "slerp": _Entry(
     _slerp.slerp,
@@ -178,6 +208,7 @@ _ENTRIES: dict[str, _Entry] = {
     _ties.ties_method,
     leafwise=lambda options: options["scope"] == "leaf",
   ),
+  "tsv_merge": _Entry(_tsv.tsv_merge, _tsv.tsv_merge_method, streams=False),
   "weighted_average": _FREE._replace(
     merge=_average.weighted_average, needs_weights=True
   ),
@@ -202,6 +233,7 @@ class RegisteredMethod(NamedTuple):
     *,
     weights: Any = None,
     key: Array | None = None,
+    statistics: Sequence[Any] | None = None,
   ) -> PyTree:
     """Merges a list of models.
 
@@ -212,6 +244,8 @@ class RegisteredMethod(NamedTuple):
       weights: One for each model; see `task_arithmetic`.
       key: PRNG key. May be None if ``info.needs_key`` is False, and is not
         used then.
+      statistics: One entry for each model, as ``info.statistics`` collects
+        them, if the method needs some.
 
     Returns:
       The merged parameters.
@@ -222,8 +256,11 @@ class RegisteredMethod(NamedTuple):
         method needs is missing, or a value is out of its range.
     """
     models = _method.check_models(models)
-    self.check(base, len(models), weights=weights, key=key)
+    self.check(
+      base, len(models), weights=weights, key=key, statistics=statistics
+    )
     given = {"base": base, "models": models, "model": models[0], "key": key}
+    given |= dict.fromkeys(_STATISTICS, statistics)
     if not self.info.needs_base:
       del given["base"]
     if weights is not None:
@@ -262,6 +299,7 @@ class RegisteredMethod(NamedTuple):
     *,
     weights: Any = None,
     key: Array | None = None,
+    statistics: Sequence[Any] | None = None,
   ) -> None:
     """Raises if something is missing or must not be given.
 
@@ -270,6 +308,7 @@ class RegisteredMethod(NamedTuple):
       num_models: Number of models.
       weights: Their weights, or None.
       key: PRNG key, or None.
+      statistics: Statistics of the data, or None.
 
     Raises:
       ValueError: If so; the message says what to give.
@@ -287,6 +326,13 @@ class RegisteredMethod(NamedTuple):
       raise ValueError(f"{info.name} needs weights; give one for each model")
     if not info.takes_weights and weights is not None:
       raise ValueError(f"{info.name} takes no weights")
+    if info.statistics is None:
+      _method.check_no_statistics(statistics)
+    elif statistics is None:
+      raise ValueError(
+        f"{info.name} needs statistics of the data of each model; collect them"
+        f" with {info.statistics}"
+      )
     self._check_key(key)
 
   def _check_key(self, key: Array | None) -> None:
@@ -303,6 +349,9 @@ _ONLY_OF_TRIPLES = frozenset({"task_vectors"})
 
 def names() -> tuple[str, ...]:
   """Names of the registered methods.
+
+  `adamerging`, which trains coefficients on data, and `emr`, which gives one
+  model a task, are functions only.
 
   Returns:
     The names that `get` and `info` take, sorted.
