@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
-  _combine,
   _leafwise,
   _leaves,
   _method,
@@ -91,11 +90,12 @@ def _rule(normalize: str | None) -> _leafwise.LeafRule:
     weight = jnp.real(step.weight)
     fisher = weight * fisher
     total, weights = accumulator.fisher + fisher, accumulator.weight + weight
-    # Models without information are averaged until there is one with some.
-    share = jnp.where(
-      total == 0,
-      _combine.divide(weight, weights),
-      _combine.divide(fisher, total),
+    # Models without information are averaged until there is one with some. The
+    # choice comes before the division, lest the sum be rounded in other ways
+    # where it is compiled alone.
+    unknown = total == 0
+    share = jnp.where(unknown, weight, fisher) / jnp.where(
+      unknown, jnp.where(weights == 0, 1, weights), total
     )
     mean = accumulator.mean
     moved = mean + share.astype(leaf.dtype) * (leaf - mean)

@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
-  _combine,
   _leafwise,
   _leaves,
   _method,
@@ -70,20 +69,24 @@ def _solve(gram: Array, product: Array, ridge: Array) -> Array:
   scaled = scale[:, None] * gram * scale[None, :]
   identity = jnp.eye(len(gram), dtype=gram.dtype)
 
-  def factor(ridge: Array) -> Array:
-    return jnp.linalg.cholesky(scaled + ridge * identity)
+  def factor(matrix: Array, ridge: Array) -> Array:
+    return jnp.linalg.cholesky(matrix + ridge * identity)
 
-  def fails(carry: tuple[Array, Array, Array]) -> Array:
-    count, _, lower = carry
-    return ~jnp.isfinite(lower).all() & (count < _MAX_GROWTH)
+  # The search for the ridge is no part of the gradient.
+  known = jax.lax.stop_gradient(scaled)
 
-  def grow(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    count, ridge, _ = carry
-    ridge = jnp.maximum(10 * ridge, jnp.finfo(ridge.dtype).eps)
-    return count + 1, ridge, factor(ridge)
+  def fails(carry: tuple[Array, Array]) -> Array:
+    count, ridge = carry
+    is_bad = ~jnp.isfinite(factor(known, ridge)).all()
+    return is_bad & (count < _MAX_GROWTH)
 
-  start = (jnp.zeros((), jnp.int32), ridge, factor(ridge))
-  _, _, lower = jax.lax.while_loop(fails, grow, start)
+  def grow(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    count, ridge = carry
+    return count + 1, jnp.maximum(10 * ridge, jnp.finfo(ridge.dtype).eps)
+
+  start = (jnp.zeros((), jnp.int32), jax.lax.stop_gradient(ridge))
+  _, least = jax.lax.while_loop(fails, grow, start)
+  lower = factor(scaled, ridge + (least - jax.lax.stop_gradient(ridge)))
   right = scale[:, None] * product
   return scale[:, None] * jax.scipy.linalg.cho_solve((lower, True), right)
 
@@ -100,7 +103,7 @@ def _rule() -> _leafwise.LeafRule:
     mean, weight, gram, product = accumulator
     weight = weight + step.weight
     difference = leaf - mean
-    change = _combine.divide(step.weight, weight) * difference
+    change = step.weight / jnp.where(weight == 0, 1, weight) * difference
     mean = jnp.where(step.weight == weight, leaf, mean + change)
     if step.statistics is None:
       return _Moments(mean, weight, None, None)
@@ -231,7 +234,7 @@ def _shape(statistics: Mapping[str, Any], leaf: str) -> tuple[int, ...] | None:
 def regmean_method(
   *,
   alpha: Any = 0.9,
-  ridge: Any = 1e-6,
+  ridge: Any = 1e-5,
   **options: Unpack[_leaves.MergeOptions],
 ) -> _method.MergeMethod:
   """RegMean as a method; see `regmean`.
@@ -284,7 +287,7 @@ def regmean(
   *,
   weights: Any = None,
   alpha: Any = 0.9,
-  ridge: Any = 1e-6,
+  ridge: Any = 1e-5,
   **options: Unpack[_leaves.MergeOptions],
 ) -> PyTree:
   r"""Merges linear layers so that their outputs are nearest to the models'.
