@@ -1,4 +1,4 @@
-"""The README's Python example runs and shows what it says."""
+"""The Python examples of the README and of docs/ run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,37 @@ import re
 
 from absl.testing import absltest
 
-_README = pathlib.Path(__file__).parents[1] / "README.md"
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _blocks(page):
+  text = (_ROOT / page).read_text()
+  return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def _run(code, page):
+  """What the code prints."""
+  output = io.StringIO()
+  with contextlib.redirect_stdout(output):
+    exec(compile(code, page, "exec"), {})
+  return output.getvalue()
 
 
 class ReadmeTest(absltest.TestCase):
   def test_example(self):
-    (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-      exec(compile(code, "README.md", "exec"), {})
-    average, merged = map(float, output.getvalue().split())
+    (code,) = _blocks("README.md")
+    average, merged = map(float, _run(code, "README.md").split())
     # The average of (2, 0) and (0, 2) is (1, 1): (2 - 4)^2 = 4.
     self.assertAlmostEqual(average, 4.0, places=5)
     self.assertLess(merged, 1.0)
+
+  def test_page_on_merging(self):
+    """The blocks of the page follow one another."""
+    code = "\n".join(_blocks("docs/merging.md"))
+    output = _run(code, "docs/merging.md")
+    # Where the kernels agree in sign: 1 and 2; where both are 0, 0.
+    self.assertIn("[[1.5 0. ]\n [0.  0. ]]", output)
+    self.assertIn("kernel (2, 2)", output)
 
 
 if __name__ == "__main__":
