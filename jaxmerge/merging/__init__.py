@@ -1,4 +1,4 @@
-"""Merging: from pytrees of parameters to one pytree, without data."""
+"""Merging: from pytrees of parameters to one pytree."""
 
 from __future__ import annotations
 

@@ -203,6 +203,7 @@ def merge_leaves(
     base = models[0]
   owners = ["base", *(f"model {i}" for i in range(len(models)))]
   tree.check_match(base, *models, names=owners)
+  method.check_sums(weights, base, len(models))
   options = dict(method.options)
   select = options.pop("select", None)
   merged = {leaf.place for leaf in _leaves.merged_leaves(base, select)}

@@ -33,6 +33,7 @@ from jaxmerge.merging import (
   _task_arithmetic,
   _ties,
   _tsv,
+  _weights,
 )
 
 PyTree = Any
@@ -88,12 +89,14 @@ class _Entry(NamedTuple):
     method: The function that makes the `MergeMethod`.
     needs_base: A flag, or a function of the options.
     leafwise: Likewise.
+    divides: Whether weights are divided by their sum; likewise.
   """
 
   merge: Callable[..., PyTree]
   method: Callable[..., _method.MergeMethod]
   needs_base: bool | Callable[[Mapping[str, Any]], bool] = True
   leafwise: bool | Callable[[Mapping[str, Any]], bool] = True
+  divides: bool | Callable[[Mapping[str, Any]], bool] = False
   streams: bool = True
   needs_weights: bool = False
   takes_weights: bool = True
@@ -102,11 +105,19 @@ class _Entry(NamedTuple):
   max_models: int | None = None
 
 
+def _flag(
+  value: bool | Callable[[Mapping[str, Any]], bool], options: Mapping[str, Any]
+) -> bool:
+  return bool(value(options) if callable(value) else value)
+
+
 def _on_task_vectors(options: Mapping[str, Any]) -> bool:
   return bool(options["task_vectors"])
 
 
-_FREE = _Entry(_average.average, _average.average_method, needs_base=False)
+_FREE = _Entry(
+  _average.average, _average.average_method, needs_base=False, divides=True
+)
 
 _ENTRIES: dict[str, _Entry] = {
   "arcee_fusion": _Entry(
@@ -133,6 +144,7 @@ _ENTRIES: dict[str, _Entry] = {
   "fisher_average": _Entry(
     _fisher_average.fisher_average,
     _fisher_average.fisher_average_method,
+    divides=True,
     needs_base=False,
     leafwise=lambda options: options["normalize"] != "vector",
     statistics="diagonal_fisher",
@@ -142,6 +154,7 @@ _ENTRIES: dict[str, _Entry] = {
   "karcher_mean": _Entry(
     _karcher.karcher_mean,
     _karcher.karcher_mean_method,
+    divides=True,
     needs_base=False,
     streams=False,
   ),
@@ -157,6 +170,7 @@ _ENTRIES: dict[str, _Entry] = {
   "multislerp": _Entry(
     _slerp.multislerp,
     _slerp.multislerp_method,
+    divides=lambda options: options["normalize_weights"],
     needs_base=_on_task_vectors,
     streams=False,
   ),
@@ -170,6 +184,7 @@ _ENTRIES: dict[str, _Entry] = {
   "nuslerp": _Entry(
     _slerp.nuslerp,
     _slerp.nuslerp_method,
+    divides=True,
     needs_base=_on_task_vectors,
     streams=False,
     min_models=2,
@@ -186,6 +201,7 @@ _ENTRIES: dict[str, _Entry] = {
   "regmean": _Entry(
     _regmean.regmean,
     _regmean.regmean_method,
+    divides=True,
     needs_base=False,
     statistics="gram_matrices",
   ),
@@ -335,6 +351,21 @@ class RegisteredMethod(NamedTuple):
       )
     self._check_key(key)
 
+  def check_sums(self, weights: Any, params: PyTree, num_models: int) -> None:
+    """Raises for weights that cannot be divided by their sum, if they are.
+
+    Args:
+      weights: One for each model, or None.
+      params: One of the models; its leaves are not read.
+      num_models: Number of models.
+
+    Raises:
+      ValueError: If the weights of a leaf sum to zero.
+    """
+    given = {**self.info.options, **self.options}
+    if _flag(_ENTRIES[self.info.name].divides, given):
+      _weights.check_sums(weights, params, num_models)
+
   def _check_key(self, key: Array | None) -> None:
     if self.info.needs_key and key is None:
       raise ValueError(
@@ -399,20 +430,17 @@ def info(name: str, **options: Any) -> MethodInfo:
       )
   given = {**defaults, **options}
 
-  def flag(value: bool | Callable[[Mapping[str, Any]], bool]) -> bool:
-    return value(given) if callable(value) else value
-
   doc = inspect.getdoc(entry.merge) or ""
   return MethodInfo(
     name=name,
     summary=doc.partition("\n")[0],
     options=dict(defaults),
-    needs_base=flag(entry.needs_base),
+    needs_base=_flag(entry.needs_base, given),
     needs_key="key" in inspect.signature(entry.method).parameters,
     needs_weights=entry.needs_weights,
     takes_weights=entry.takes_weights,
     statistics=entry.statistics,
-    leafwise=flag(entry.leafwise),
+    leafwise=_flag(entry.leafwise, given),
     streams=entry.streams,
     min_models=entry.min_models,
     max_models=entry.max_models,

@@ -129,6 +129,54 @@ class MergeLeavesTest(parameterized.TestCase):
       for name, leaf in method(base, models).items():
         np.testing.assert_array_equal(got[name], leaf)
 
+  def test_passthrough(self):
+    """Layers are renamed unread, and read once for each place they take."""
+    model = {
+      "embed": np.ones(3, np.float32),
+      **{f"h_{i}": {"w": np.full(2, i, np.float32)} for i in range(3)},
+    }
+    slices = [(0, 0, 2), (0, 1, 3, {"w": 0.5})]
+    for dtype in (None, jnp.bfloat16):
+      reader = CountingReader(model)
+      method = merging.get("passthrough", slices=slices, dtype=dtype)
+      leaves = merging.merge_leaves(method, None, [reader.tree])
+      name, _ = next(leaves)
+      self.assertEqual(name, "embed")
+      self.assertEqual(sum(reader.reads.values()), 1)
+      got = dict(leaves)
+      want = method(None, [model])
+      for name, leaf in want.items():
+        if name != "embed":
+          np.testing.assert_array_equal(got[f"{name}/w"], leaf["w"])
+          self.assertEqual(got[f"{name}/w"].dtype, leaf["w"].dtype)
+      self.assertEqual(dict(reader.reads)["h_1/w"], 2)
+    bad = {**model, "embed": np.full(3, np.nan, np.float32)}
+    with self.assertRaisesRegex(ValueError, "'embed' of the result holds NaN"):
+      next(merging.merge_leaves(method, None, [bad]))
+
+  def test_statistics(self):
+    models = [_params(1), _params(2)]
+    fishers = [jax.tree.map(np.square, params) for params in models]
+    grams = [
+      {"a/kernel": params["a"]["kernel"] @ params["a"]["kernel"].T}
+      for params in models
+    ]
+    for name, known in (("fisher_average", fishers), ("regmean", grams)):
+      method = merging.get(name)
+      lazy = [CountingReader(one) for one in known]
+      got = merging.merge_leaves(
+        method, None, models, statistics=[one.tree for one in lazy]
+      )
+      want = method(None, models, statistics=known)
+      np.testing.assert_array_equal(dict(got)["a/kernel"], want["a"]["kernel"])
+      for one in lazy:
+        self.assertEqual(one.reads["a/kernel"], 1)
+    with self.assertRaisesRegex(
+      tree.TreeMismatchError, "statistics 0 has an entry for 'c', which is no"
+    ):
+      statistics = [{"c": np.eye(6)}] * 2
+      next(merging.merge_leaves(method, None, models, statistics=statistics))
+
   def test_errors(self):
     base, model = _params(0), _params(1)
     nothing = merging.LazyLeaf((7,), np.float32, lambda: self.fail("read"))
