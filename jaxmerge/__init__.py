@@ -21,7 +21,17 @@ __version__ = "0.1.0"
 # Public name -> the sub-package that defines it.
 _NAMES = {
   "TreeMismatchError": "tree",
+  "adamerging": "merging",
   "average": "merging",
+  "dare": "merging",
+  "fisher_average": "merging",
+  "magmax": "merging",
+  "regmean": "merging",
+  "slerp": "merging",
+  "task_arithmetic": "merging",
+  "task_vector": "merging",
+  "ties": "merging",
+  "tsv_merge": "merging",
   "weighted_average": "merging",
   "ot_fusion": "alignment",
   "BezierCurve": "curves",
@@ -55,7 +65,17 @@ if TYPE_CHECKING:
   from jaxmerge.curves import PolyChain as PolyChain
   from jaxmerge.curves import fit_curve as fit_curve
   from jaxmerge.curves import mode_path_fusion as mode_path_fusion
+  from jaxmerge.merging import adamerging as adamerging
   from jaxmerge.merging import average as average
+  from jaxmerge.merging import dare as dare
+  from jaxmerge.merging import fisher_average as fisher_average
+  from jaxmerge.merging import magmax as magmax
+  from jaxmerge.merging import regmean as regmean
+  from jaxmerge.merging import slerp as slerp
+  from jaxmerge.merging import task_arithmetic as task_arithmetic
+  from jaxmerge.merging import task_vector as task_vector
+  from jaxmerge.merging import ties as ties
+  from jaxmerge.merging import tsv_merge as tsv_merge
   from jaxmerge.merging import weighted_average as weighted_average
   from jaxmerge.tree import TreeMismatchError as TreeMismatchError
 
