@@ -283,10 +283,10 @@ def gram_matrices(
   ...]``, as it is or in another dtype or shape, where the axes that are summed
   over come first. So are the kernels of Flax's Dense, DenseGeneral, attention
   and Conv, and their likes in ``nnx``; for a convolution the rows are the
-  patches ``[places * channels]``. Left out are kernels that are transposed,
-  masked or added to before the product, layers of groups, and the look-up of
-  embeddings; a layer within ``lax.scan``, ``cond`` or ``while_loop`` is an
-  error.
+  patches ``[places * channels]``. Left out are kernels ``[out, in]``, as
+  Equinox has them, those that are transposed, masked or added to before the
+  product, layers of groups, and the look-up of embeddings; a layer within
+  ``lax.scan``, ``cond`` or ``while_loop`` is an error.
 
   Args:
     fn: ``fn(params, batch)`` runs the model, and may return anything. Keep one
