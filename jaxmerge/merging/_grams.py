@@ -313,8 +313,8 @@ def gram_matrices(
     <https://arxiv.org/abs/2212.09849>`_, 2022
 
   >>> import jax.numpy as jnp
-  >>> linear = lambda params, x: x @ params["kernel"] + params["bias"]
-  >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+  >>> linear = lambda params, x: x @ params["kernel"]
+  >>> params = {"kernel": jnp.ones((2, 3))}
   >>> grams = gram_matrices(linear, params, [jnp.array([[1.0, 2.0]])])
   >>> print({name: gram.tolist() for name, gram in grams.items()})
   {'kernel': [[1.0, 2.0], [2.0, 4.0]]}
