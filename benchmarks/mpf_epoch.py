@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import _problem
+from benchmarks import _problem, _turns
 
 SECTIONS = ("epoch", "batch", "width", "devices")
 NETWORKS = ("mlpnet", "mlplarge", "mlphuge")
@@ -228,19 +228,6 @@ def _worker(target: Callable[..., None], *args: Any) -> Iterator[Worker]:
 # --- Sections ----------------------------------------------------------------
 
 
-def take_turns(
-  sides: dict[str, Callable[[], float]], repeats: int
-) -> dict[str, list[float]]:
-  """Measures every side once a turn, in an order that rotates."""
-  times: dict[str, list[float]] = {name: [] for name in sides}
-  names = list(sides)
-  for turn in range(repeats):
-    shift = turn % len(names)
-    for name in names[shift:] + names[:shift]:
-      times[name].append(sides[name]())
-  return times
-
-
 def _point(
   network: str,
   batch_size: int,
@@ -270,7 +257,7 @@ def _point(
       )
       if variant in theirs.info["variants"]:
         sides["torch"] = functools.partial(theirs.seconds, variant)
-    times = take_turns(sides, repeats)
+    times = _turns.take_turns(sides, repeats)
   result: dict[str, Any] = {
     "seconds": {
       name: statistics.median(values) for name, values in times.items()
@@ -317,7 +304,7 @@ def measure_epoch(setting: dict[str, Any]) -> dict[str, Any]:
         sides[f"torch/{variant}"] = functools.partial(theirs.seconds, variant)
       for n in MATMUL_SIZES:
         sides[f"matmul/torch/{n}"] = functools.partial(theirs.seconds, n)
-    times = take_turns(sides, repeats)
+    times = _turns.take_turns(sides, repeats)
   medians = {name: statistics.median(values) for name, values in times.items()}
   rates = {
     name: 2 * int(name.rpartition("/")[2]) ** 3 / seconds
@@ -351,11 +338,6 @@ def measure_epoch(setting: dict[str, Any]) -> dict[str, Any]:
 # --- Report ------------------------------------------------------------------
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _report_epoch(result: dict[str, Any], flops: int) -> str:
   rows = []
   for name, seconds in sorted(
@@ -373,14 +355,14 @@ def _report_epoch(result: dict[str, Any], flops: int) -> str:
       ]
     )
   text = ["## One epoch: mlpnet, batch 128\n"]
-  text.append(_table(["side", "median s", "range s", "GFLOP/s"], rows))
+  text.append(_turns.table(["side", "median s", "range s", "GFLOP/s"], rows))
   for variant, reason in result["info"].get("failed", {}).items():
     text.append(f"\ntorch/{variant} is not available: {reason}")
   rates = [
     [name.removeprefix("matmul/"), f"{rate / 1e9:.0f}"]
     for name, rate in result["matmul_rates"].items()
   ]
-  text.append("\n" + _table(["float32 product", "GFLOP/s"], rates) + "\n")
+  text.append("\n" + _turns.table(["float32 product", "GFLOP/s"], rates) + "\n")
   if "ratio" in result:
     low, high = result["ratio_range"]
     text.append(
@@ -411,7 +393,7 @@ def _report_points(title: str, key: str, points: dict[str, Any]) -> str:
       ]
     )
   header = [key, "jaxmerge s", "GFLOP/s", "PyTorch s", "ratio"]
-  return f"\n## {title}\n\n{_table(header, rows)}"
+  return f"\n## {title}\n\n{_turns.table(header, rows)}"
 
 
 def main(argv: list[str]) -> None:
