@@ -260,5 +260,5 @@ def merge_leaves(
       if statistics is not None:
         found = {name: known[i][name]} if name in known[i] else {}
         given["statistics"] = jax.tree.map(np.asarray, found)
-      state = triple.update(state, params, **given)
+      state = triple.update(state, params, **given, donate=True)
     yield name, triple.finalize(state)[name]

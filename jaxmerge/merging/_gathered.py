@@ -102,7 +102,11 @@ def gathering_method(
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> GatheredState:
+    # The state holds the models as they are given: nothing to take over.
+    del donate
     _method.check_no_statistics(statistics)
     tree.check_match(state.base, params, names=["base", "params"])
     check(params, "params", state.base)

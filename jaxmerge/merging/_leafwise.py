@@ -157,6 +157,47 @@ def _update(
   return accumulator
 
 
+@functools.cache
+def _guarded(rule: LeafRule) -> LeafRule:
+  """The rule, with NaN wherever the base or a model is not finite.
+
+  A result without NaN then shows that all inputs are finite, which saves
+  reading them once more.
+  """
+
+  def init(base: Array, zero: Array) -> tuple[Any, Array]:
+    return rule.init(base, zero), jnp.isfinite(base)
+
+  def update(
+    accumulator: tuple[Any, Array], base: Array, leaf: Array, step: Step
+  ) -> tuple[Any, Array]:
+    inner, is_finite = accumulator
+    is_finite = is_finite & jnp.isfinite(leaf)
+    return rule.update(inner, base, leaf, step), is_finite
+
+  def finalize(
+    accumulator: tuple[Any, Array],
+    base: Array,
+    values: dict[str, Array],
+    total: Array | None,
+  ) -> Array:
+    inner, is_finite = accumulator
+    merged = rule.finalize(inner, base, values, total)
+    return jnp.where(is_finite, merged, jnp.nan)
+
+  summarize = rule.summarize
+  return rule._replace(
+    init=init,
+    update=update,
+    finalize=finalize,
+    summarize=(
+      None
+      if summarize is None
+      else lambda accumulator: summarize(accumulator[0])
+    ),
+  )
+
+
 def _accumulate(rule: LeafRule, base: Array, zero: Array, batch: _Batch) -> Any:
   start = rule.init(base, zero.astype(base.dtype))
   return _update(rule, start, base, batch)
@@ -173,6 +214,29 @@ def _advance(
   rule: LeafRule, accumulator: Any, base: Array, batch: _Batch
 ) -> Any:
   return _update(rule, accumulator, _leaves.widen(base), batch)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _begin(rule: LeafRule, base: Array, zero: Array, batch: _Batch) -> Any:
+  return _accumulate(rule, _leaves.widen(base), zero, batch)
+
+
+@functools.partial(jax.jit, static_argnames="rule", donate_argnames="arrays")
+def _overwrite(
+  rule: LeafRule, arrays: Any, scalars: Any, base: Array, batch: _Batch
+) -> Any:
+  accumulator = tree.combine(arrays, scalars)
+  return _update(rule, accumulator, _leaves.widen(base), batch)
+
+
+def _advance_in_place(
+  rule: LeafRule, accumulator: Any, base: Array, batch: _Batch
+) -> Any:
+  """`_advance` in the memory of the accumulator, which is lost."""
+  # Scalars may share a buffer, which cannot be given away twice.
+  arrays = jax.tree.map(lambda x: x if x.ndim else None, accumulator)
+  scalars = jax.tree.map(lambda x: None if x.ndim else x, accumulator)
+  return _overwrite(rule, arrays, scalars, base, batch)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -302,6 +366,8 @@ def leafwise_method(
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> LeafwiseState:
     tree.check_match(state.base, params, names=["base", "params"])
     merged = _leaves.merged_leaves(state.base, select)
@@ -323,8 +389,9 @@ def leafwise_method(
         state.num_models,
         found,
       )
+    advance = _advance_in_place if donate else _advance
     accumulators = [
-      _advance(
+      advance(
         rule,
         accumulator,
         bases[leaf.place],
@@ -411,15 +478,25 @@ def merge(
     TreeMismatchError: If a model differs from the base.
     ValueError: If there are no models, or a value is missing or out of range.
   """
+  if names is None:
+    names = ["base", *(f"model {i}" for i in range(len(models)))]
   parts = _leaves.take_apart(
     base,
     models,
     weights,
     select=select,
-    allow_nonfinite=allow_nonfinite,
+    allow_nonfinite=True,
     names=names,
   )
   merged, bases = parts.merged, parts.bases
+  guards = not allow_nonfinite
+  if any(_values.is_traced(one) for one in jax.tree.leaves([base, *models])):
+    # NaN is let through where values are not known.
+    guards = False
+    if not allow_nonfinite:
+      _leaves.check_finite([base, *models], names, merged)
+  if guards:
+    rule = _guarded(rule)
   values = _leaves.resolve(options or {}, base, merged, rule.derive)
   count = len(models)
   noun = "statistics" if rule.statistics is None else rule.statistics.noun
@@ -429,7 +506,7 @@ def merge(
       one,
       base,
       merged,
-      ("base" if names is None else names[0], f"{noun} {i}"),
+      (names[0], f"{noun} {i}"),
       allow_nonfinite,
     )
     for i, one in enumerate(_method.per_model_statistics(statistics, count))
@@ -479,19 +556,23 @@ def merge(
       _merge_all(rule, one, zero, batch, total, result)
       for one, (batch,), result in zip(bases, batches, dtypes, strict=True)
     ]
-    return _leaves.rebuild(base, merged, results, dtype)
-  accumulators = []
-  for one, several in zip(bases, batches, strict=True):
-    accumulator = _start(rule, one, zero)
-    for batch in several:
-      accumulator = _advance(rule, accumulator, one, batch)
-    accumulators.append(accumulator)
-  if rule.summarize is not None:
-    total = sum(_summarize(rule, one) for one in accumulators)
-  results = [
-    _finish(rule, accumulator, one, batch.values, total, np.int32(count), kind)
-    for accumulator, one, (batch, *_), kind in zip(
-      accumulators, bases, batches, dtypes, strict=True
-    )
-  ]
+  else:
+    accumulators = []
+    for one, (first, *others) in zip(bases, batches, strict=True):
+      accumulator = _begin(rule, one, zero, first)
+      for batch in others:
+        accumulator = _advance_in_place(rule, accumulator, one, batch)
+      accumulators.append(accumulator)
+    if rule.summarize is not None:
+      total = sum(_summarize(rule, one) for one in accumulators)
+    results = [
+      _finish(
+        rule, accumulator, one, batch.values, total, np.int32(count), kind
+      )
+      for accumulator, one, (batch, *_), kind in zip(
+        accumulators, bases, batches, dtypes, strict=True
+      )
+    ]
+  if guards and not _leaves.are_finite(results):
+    _leaves.check_finite([base, *models], names, merged)
   return _leaves.rebuild(base, merged, results, dtype)

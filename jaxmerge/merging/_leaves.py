@@ -121,6 +121,13 @@ def _known_finite(value: Any) -> bool:
     return bool(_all_finite(value))
 
 
+def are_finite(leaves: Sequence[Array]) -> bool:
+  """Whether arrays are finite for sure; not if one is traced."""
+  if any(_values.is_traced(leaf) for leaf in leaves):
+    return False
+  return all(jax.device_get([_has_finite_sum(leaf) for leaf in leaves]))
+
+
 def check_finite(
   trees: Sequence[PyTree], names: Sequence[str], merged: Sequence[Leaf]
 ) -> None:

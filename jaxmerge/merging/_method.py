@@ -28,7 +28,7 @@ class InitFn(Protocol):
 
 
 class UpdateFn(Protocol):
-  """``update(state, params, weight=1.0, statistics=None) -> state``."""
+  """``update(state, params, weight, statistics, donate=False) -> state``."""
 
   def __call__(
     self,
@@ -36,6 +36,8 @@ class UpdateFn(Protocol):
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> MergeState:
     """Returns the state after one more model.
 
@@ -46,6 +48,10 @@ class UpdateFn(Protocol):
         the tree, or a mapping from regular expressions of leaf names.
       statistics: What the method knows of the model's data, in the form that
         the method states; None for a method that needs none.
+      donate: Whether the new state may take over the memory of ``state``,
+        which is then of no more use. It saves a copy of what the method
+        keeps, and the time to get memory; the base and the model are never
+        given away.
     """
 
 
@@ -65,7 +71,7 @@ class MergeMethod(NamedTuple):
 
     state = method.init(base)
     for params in models:
-      state = method.update(state, params)
+      state = method.update(state, params, donate=True)
     merged = method.finalize(state)
 
   Rules for every method. The state is a pytree of arrays of fixed structure,
@@ -80,9 +86,9 @@ class MergeMethod(NamedTuple):
 
   Attributes:
     init: ``init(base) -> state``.
-    update: ``update(state, params, weight=1.0, statistics=None) -> state``;
-      statistics of the model's data are given to the methods that need them,
-      and to no other.
+    update: ``update(state, params, weight=1.0, statistics=None, *,
+      donate=False) -> state``; statistics of the model's data are given to the
+      methods that need them, and to no other.
     finalize: ``finalize(state) -> params``.
   """
 

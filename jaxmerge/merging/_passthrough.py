@@ -385,7 +385,11 @@ def passthrough_method(
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> _gathered.GatheredState:
+    # The state holds the models as they are given: nothing to take over.
+    del donate
     _method.check_no_statistics(statistics)
     return state._replace(
       models=(*state.models, params), weights=(*state.weights, weight)

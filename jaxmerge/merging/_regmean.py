@@ -269,6 +269,8 @@ def regmean_method(
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> _leafwise.LeafwiseState:
     merged = _leaves.merged_leaves(state.base, options.get("select"))
     for leaf, one in zip(merged, state.accumulators, strict=True):
@@ -276,7 +278,7 @@ def regmean_method(
       if isinstance(statistics, Mapping) and not is_first and one.mean.size:
         first = None if one.gram is None else one.gram.shape
         _check_same(leaf.name, _shape(statistics, leaf.name), first)
-    return method.update(state, params, weight, statistics)
+    return method.update(state, params, weight, statistics, donate=donate)
 
   return _weights.nonnegative(method._replace(update=update))
 

@@ -144,6 +144,7 @@ def scan(
   for place in leaves:
     state = method.init(read(place, 0))
     for i, column in enumerate(weights):
-      state = method.update(state, read(place, i + 1), column[place])
+      params = read(place, i + 1)
+      state = method.update(state, params, column[place], donate=True)
     total += sum(int(_signs(rule, one)) for one in state.accumulators)
   return Vector(thresholds, np.int32(np.sign(total)))

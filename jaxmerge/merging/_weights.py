@@ -97,13 +97,15 @@ def unweighted(
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> _method.MergeState:
     if any(
       _values.is_traced(one) or np.asarray(one) != 1
       for one in jax.tree.leaves(weight)
     ):
       raise ValueError(f"{name} takes no weights; {remedy}")
-    return method.update(state, params, statistics=statistics)
+    return method.update(state, params, statistics=statistics, donate=donate)
 
   return method._replace(update=update)
 
@@ -116,9 +118,11 @@ def nonnegative(method: _method.MergeMethod) -> _method.MergeMethod:
     params: PyTree,
     weight: Any = 1.0,
     statistics: Any = None,
+    *,
+    donate: bool = False,
   ) -> _method.MergeState:
     _values.check_range(weight, "weight", 0, np.inf)
-    return method.update(state, params, weight, statistics)
+    return method.update(state, params, weight, statistics, donate=donate)
 
   return method._replace(update=update)
 

@@ -159,14 +159,14 @@ def _start(case, base, models):
   return base if case.method.info.needs_base else models[0]
 
 
-def _stream(case, base, models, **options):
+def _stream(case, base, models, *, donate=False, **options):
   method = merging.get(
     case.method.info.name, **case.method.options, **options
   ).method(KEY)
   state = method.init(_start(case, base, models))
   for params in models:
     known = _statistics(case, params)
-    state = method.update(state, params, statistics=known)
+    state = method.update(state, params, statistics=known, donate=donate)
   return method.finalize(state)
 
 
@@ -241,6 +241,9 @@ class ConformanceTest(parameterized.TestCase):
     models = _models(case.num_models, edges=True)
     want = _merge(case, base, models)
     _bits_equal(_stream(case, base, models), want)
+    copies = jax.tree.map(jnp.copy, (base, models))
+    _bits_equal(_stream(case, base, models, donate=True), want)
+    _bits_equal((base, models), copies)
     given = _give(case, models)
     if case.method.options.get("normalize") == "vector":
       with self.assertRaisesRegex(ValueError, "norm of the whole Fisher"):
