@@ -117,7 +117,10 @@ def _statistics(case, params):
   """What the method needs to know of a model's data, made of its numbers."""
   if case.method.info.statistics == "diagonal_fisher":
     return jax.tree.map(
-      lambda leaf: jnp.square(leaf) if tree.is_float(leaf) else leaf, params
+      lambda leaf: (
+        jnp.nan_to_num(jnp.square(leaf)) if tree.is_float(leaf) else leaf
+      ),
+      params,
     )
   if case.method.info.statistics is None:
     return None
