@@ -27,7 +27,7 @@ def leaf_shapes(size: int) -> Shapes:
     A tree of shapes, an embedding and layers with attention and an MLP.
   """
   layers = 12 if size >= 50e6 else 6 if size >= 1e6 else 2
-  multiple = 64 if size >= 1e6 else 4
+  multiple = 64 if size >= 20e6 else 8 if size >= 1e6 else 4
   # A layer has 12 d^2 parameters; the embedding has about a fifth.
   width = math.sqrt(0.8 * size / (12 * layers))
   d = multiple * max(1, round(width / multiple))
