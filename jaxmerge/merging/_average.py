@@ -44,7 +44,7 @@ def _average_rule() -> _leafwise.LeafRule:
     divisor = jnp.where(is_zero, jnp.ones_like(weight), weight)
     return jnp.where(is_zero, base, total / divisor)
 
-  return _leafwise.LeafRule(init, update, finalize)
+  return _leafwise.LeafRule(init, update, finalize, spreads=True)
 
 
 def average_method(
@@ -156,7 +156,7 @@ def _ema_rule() -> _leafwise.LeafRule:
     del base, values, summary
     return accumulator
 
-  return _leafwise.LeafRule(init, update, finalize)
+  return _leafwise.LeafRule(init, update, finalize, spreads=True)
 
 
 def ema_method(

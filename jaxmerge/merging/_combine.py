@@ -21,13 +21,15 @@ class Combiner(NamedTuple):
     init: `init(base, zero) -> accumulator`.
     update: `update(accumulator, tau, step) -> accumulator`.
     finalize: `finalize(accumulator, total) -> tau`.
-    summarize: As in a `LeafRule`.
+    summarize: As in a `LeafRule`, as the one that follows.
+    spreads: Whether what is not finite shows in the result.
   """
 
   init: Callable[[Array, Array], Any]
   update: Callable[[Any, Array, _leafwise.Step], Any]
   finalize: Callable[[Any, Array | None], Array]
   summarize: Callable[[Any], Array] | None = None
+  spreads: bool = False
 
 
 def divide(numerator: Array, divisor: Array) -> Array:
@@ -59,7 +61,7 @@ def total(normalize: bool = False) -> Combiner:
       return divide(values, jnp.broadcast_to(weight, values.shape))
     return values
 
-  return Combiner(init, update, finalize)
+  return Combiner(init, update, finalize, spreads=not normalize)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ Array = jax.Array
 
 # So many models are merged by one kernel. A kernel is compiled for each number
 # of models, and one of too many inputs takes long to compile.
-_CHUNK = 16
+_CHUNK = 32
 
 
 class Step(NamedTuple):
@@ -74,6 +74,8 @@ class LeafRule(NamedTuple):
     summarize: `summarize(accumulator) -> scalar`, summed over the leaves to
       the `total` that `finalize` is given; None likewise.
     statistics: The statistics of data that it needs; None if it needs none.
+    spreads: Whether a merged entry is NaN or infinite wherever the base, an
+      accumulated model or its weight is, so that looking at it is enough.
   """
 
   init: Callable[[Array, Array], Any]
@@ -86,6 +88,7 @@ class LeafRule(NamedTuple):
   ) = None
   summarize: Callable[[Any], Array] | None = None
   statistics: Statistics | None = None
+  spreads: bool = False
 
 
 class LeafwiseState(NamedTuple):
@@ -158,7 +161,7 @@ def _update(
 
 
 @functools.cache
-def _guarded(rule: LeafRule) -> LeafRule:
+def _marking(rule: LeafRule) -> LeafRule:
   """The rule, with NaN wherever the base or a model is not finite.
 
   A result without NaN then shows that all inputs are finite, which saves
@@ -166,14 +169,14 @@ def _guarded(rule: LeafRule) -> LeafRule:
   """
 
   def init(base: Array, zero: Array) -> tuple[Any, Array]:
-    return rule.init(base, zero), jnp.isfinite(base)
+    return rule.init(base, zero), 0 * base
 
   def update(
     accumulator: tuple[Any, Array], base: Array, leaf: Array, step: Step
   ) -> tuple[Any, Array]:
-    inner, is_finite = accumulator
-    is_finite = is_finite & jnp.isfinite(leaf)
-    return rule.update(inner, base, leaf, step), is_finite
+    inner, mark = accumulator
+    # Zero, but NaN once a leaf is not finite: one operation a model.
+    return rule.update(inner, base, leaf, step), mark + 0 * leaf
 
   def finalize(
     accumulator: tuple[Any, Array],
@@ -181,9 +184,9 @@ def _guarded(rule: LeafRule) -> LeafRule:
     values: dict[str, Array],
     total: Array | None,
   ) -> Array:
-    inner, is_finite = accumulator
+    inner, mark = accumulator
     merged = rule.finalize(inner, base, values, total)
-    return jnp.where(is_finite, merged, jnp.nan)
+    return jnp.where(mark == 0, merged, jnp.nan)
 
   summarize = rule.summarize
   return rule._replace(
@@ -478,8 +481,10 @@ def merge(
     TreeMismatchError: If a model differs from the base.
     ValueError: If there are no models, or a value is missing or out of range.
   """
+  models = _method.check_models(models)
+  count = len(models)
   if names is None:
-    names = ["base", *(f"model {i}" for i in range(len(models)))]
+    names = ["base", *(f"model {i}" for i in range(count))]
   parts = _leaves.take_apart(
     base,
     models,
@@ -489,16 +494,17 @@ def merge(
     names=names,
   )
   merged, bases = parts.merged, parts.bases
-  guards = not allow_nonfinite
-  if any(_values.is_traced(one) for one in jax.tree.leaves([base, *models])):
-    # NaN is let through where values are not known.
-    guards = False
-    if not allow_nonfinite:
-      _leaves.check_finite([base, *models], names, merged)
-  if guards:
-    rule = _guarded(rule)
+  # What is not finite is found in the result, unless values are not known, or
+  # marks had to be stored between kernels.
+  knows = not any(
+    _values.is_traced(one) for one in jax.tree.leaves([base, *models])
+  )
+  looks = knows and (rule.spreads or count <= _CHUNK) and not allow_nonfinite
+  if not allow_nonfinite and not looks:
+    _leaves.check_finite([base, *models], names, merged)
+  if looks and not rule.spreads:
+    rule = _marking(rule)
   values = _leaves.resolve(options or {}, base, merged, rule.derive)
-  count = len(models)
   noun = "statistics" if rule.statistics is None else rule.statistics.noun
   found = [
     _read(
@@ -573,6 +579,6 @@ def merge(
         accumulators, bases, batches, dtypes, strict=True
       )
     ]
-  if guards and not _leaves.are_finite(results):
+  if looks and not _leaves.are_finite(results):
     _leaves.check_finite([base, *models], names, merged)
   return _leaves.rebuild(base, merged, results, dtype)

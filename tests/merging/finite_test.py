@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxmerge import merging
+from jaxmerge.merging import _leafwise
 
 BAD = (np.nan, np.inf, -np.inf)
 
@@ -21,15 +24,38 @@ class FiniteTest(parameterized.TestCase):
     bad=BAD, place=(0, 1, 18), dtype=("float32", "bfloat16")
   )
   def test_names_the_model_that_hides_it(self, bad, place, dtype):
-    """Later models are larger and would win; one kernel is not enough."""
+    """Later models are larger and would win, in one kernel and in two."""
     models = _models(19, dtype)
     models[place] = {"w": models[place]["w"].at[1].set(bad)}
     base = {"w": jnp.zeros(4, dtype)}
-    with self.assertRaisesRegex(
-      ValueError, f"'w' of model {place} holds NaN or infinity"
+    message = f"'w' of model {place} holds NaN or infinity"
+    with self.assertRaisesRegex(ValueError, message):
+      merging.magmax(base, models)
+    with (
+      mock.patch.object(_leafwise, "_CHUNK", 16),
+      self.assertRaisesRegex(ValueError, message),
     ):
       merging.magmax(base, models)
     merging.magmax(base, models, allow_nonfinite=True)
+
+  @parameterized.parameters(*BAD)
+  def test_rules_that_spread_it(self, bad):
+    models = _models(3)
+    models[1] = {"w": models[1]["w"].at[1].set(bad)}
+    for merge in (
+      lambda base, models: merging.average(models),
+      lambda base, models: merging.weighted_average(models, [1, 0, 1]),
+      merging.task_arithmetic,
+      lambda *args: merging.task_arithmetic(*args, scale=0.0),
+      # Weights that sum to zero, and give the base.
+      lambda *args: merging.task_arithmetic(
+        *args, weights=[1, 0, -1], normalize=True
+      ),
+      merging.ema,
+      lambda *args: merging.ema(*args, decay=1.0),
+    ):
+      with self.assertRaisesRegex(ValueError, "'w' of model 1 holds NaN"):
+        merge({"w": jnp.zeros(4)}, models)
 
   @parameterized.parameters(*BAD)
   def test_names_the_base(self, bad):
