@@ -190,7 +190,7 @@ def merge(
     allow_nonfinite=allow_nonfinite,
     names=names,
   )
-  values = _leaves.resolve(options or {}, base, parts.merged)
+  values = _leaves.resolve(options or {}, base, parts.merged, per_model=False)
   results = []
   for one, leaves, weight, value in zip(
     parts.bases, parts.models, parts.weights, values, strict=True

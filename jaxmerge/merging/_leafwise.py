@@ -326,6 +326,24 @@ def _read(
   return needed.read(statistics, base, merged, names, allow_nonfinite)
 
 
+def _check_values(state: LeafwiseState) -> None:
+  """Raises if an option has no value for the next model."""
+  given = {
+    name: value.shape[0]
+    for values in state.values
+    for name, value in values.items()
+    if not isinstance(value, _leaves.Static) and value.ndim
+  }
+  if not given or _values.is_traced(state.num_models):
+    return
+  for name, number in given.items():
+    if number <= int(state.num_models):
+      raise ValueError(
+        f"got {number} values of {name}, but this is model"
+        f" {int(state.num_models) + 1}; give one value, or one for each model"
+      )
+
+
 def leafwise_method(
   rule: LeafRule,
   *,
@@ -354,6 +372,7 @@ def leafwise_method(
     merged = _leaves.merged_leaves(base, select)
     if not allow_nonfinite:
       _leaves.check_finite([base], ["base"], merged)
+    _values.check_key(key)
     leaves = jax.tree.leaves(base)
     return LeafwiseState(
       base=base,
@@ -377,6 +396,7 @@ def leafwise_method(
     if not allow_nonfinite:
       _leaves.check_finite([params], ["params"], merged)
     weights = _values.per_leaf(weight, state.base, "weight")
+    _check_values(state)
     noun = "statistics" if rule.statistics is None else rule.statistics.noun
     found = _read(
       rule, statistics, state.base, merged, ("base", noun), allow_nonfinite
@@ -494,6 +514,8 @@ def merge(
     names=names,
   )
   merged, bases = parts.merged, parts.bases
+  _values.check_key(key)
+  values = _leaves.resolve(options or {}, base, merged, rule.derive, count)
   # What is not finite is found in the result, unless values are not known, or
   # marks had to be stored between kernels.
   knows = not any(
@@ -504,7 +526,6 @@ def merge(
     _leaves.check_finite([base, *models], names, merged)
   if looks and not rule.spreads:
     rule = _marking(rule)
-  values = _leaves.resolve(options or {}, base, merged, rule.derive)
   noun = "statistics" if rule.statistics is None else rule.statistics.noun
   found = [
     _read(

@@ -18,6 +18,10 @@ PyTree = Any
 Array = jax.Array
 
 
+# Options that count once, after the last model.
+_ONCE = frozenset({"ridge", "scale"})
+
+
 class MergeOptions(TypedDict, total=False):
   """Options of every method.
 
@@ -155,8 +159,26 @@ def resolve(
   base: PyTree,
   merged: Sequence[Leaf],
   derive: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None,
+  num_models: int | None = None,
+  per_model: bool = True,
 ) -> list[dict[str, Any]]:
-  """The options' values for every merged leaf: arrays, or `Static`."""
+  """The options' values for every merged leaf: arrays, or `Static`.
+
+  Args:
+    options: Values by name.
+    base: The base.
+    merged: The leaves that are merged.
+    derive: See `_leafwise.LeafRule`.
+    num_models: Number of models; None if it is not known yet.
+    per_model: Whether an option may have one value a model.
+
+  Returns:
+    For each merged leaf the values by name.
+
+  Raises:
+    ValueError: If there are not as many values as models, or several of an
+      option that has one.
+  """
   leaves = jax.tree.leaves(base)
   sizes = [int(np.size(leaves[leaf.place])) for leaf in merged]
   found: list[dict[str, Any]] = [{} for _ in merged]
@@ -169,6 +191,17 @@ def resolve(
       value = _values.per_model(value, len(value), name)
     # A NamedTuple is a prefix of a base of its kind.
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+      if not per_model or name in _ONCE:
+        raise ValueError(
+          f"{name} must be one value for all models: a scalar, a prefix of the"
+          " tree, or a mapping from regular expressions; got a sequence of"
+          f" {len(value)}"
+        )
+      if num_models is not None and len(value) != num_models:
+        raise ValueError(
+          f"got {len(value)} values of {name} for {num_models} models; give one"
+          " value, or one for each model"
+        )
       columns = [_values.per_leaf(one, base, name) for one in value]
       for one, leaf in zip(found, merged, strict=True):
         one[name] = [column[leaf.place] for column in columns]
@@ -196,6 +229,8 @@ def _as_array(value: Any) -> Any:
 
 def result_dtype(leaf: Any, dtype: Any) -> np.dtype:
   """The dtype of a merged leaf: the one asked for, or its own."""
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+    raise ValueError(f"dtype must be floating-point; got {np.dtype(dtype)}")
   return np.dtype(jnp.asarray(leaf).dtype if dtype is None else dtype)
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import tree
 from jaxmerge.merging import (
   _combine,
   _gathered,
@@ -46,7 +45,7 @@ def _rule(selects: bool) -> _gathered.GatherRule:
   ) -> Array:
     taus = [leaf - base for leaf in leaves]
     if selects:
-      kept = _is_selected(leaves, values["keep"][0])
+      kept = _is_selected(leaves, values["keep"])
       taus = [jnp.where(kept, tau, 0) for tau in taus]
     energies = jnp.stack([jnp.mean(tau**2) for tau in taus])
     total = jnp.broadcast_to(energies.sum(), energies.shape)
@@ -63,16 +62,20 @@ def _rule(selects: bool) -> _gathered.GatherRule:
   return _gathered.GatherRule(merge)
 
 
-def _counts(select_topk: Any, base: PyTree) -> PyTree:
+def _counts(select_topk: Any) -> _leaves.PerLeaf:
   """How many entries of each leaf are selected."""
-  treedef: Any = jax.tree.structure(base)
-  fractions = _values.per_leaf(select_topk, base, "select_topk")
-  return treedef.unflatten(
-    _threshold.keep_count(fraction, int(np.size(leaf)))
-    if tree.is_float(leaf)
-    else np.uint32(1)
-    for leaf, fraction in zip(jax.tree.leaves(base), fractions, strict=True)
-  )
+
+  def compute(base: PyTree, merged: Sequence[_leaves.Leaf]) -> list[np.uint32]:
+    fractions = _values.per_leaf(select_topk, base, "select_topk")
+    leaves = jax.tree.leaves(base)
+    return [
+      _threshold.keep_count(
+        fractions[leaf.place], int(np.size(leaves[leaf.place]))
+      )
+      for leaf in merged
+    ]
+
+  return _leaves.PerLeaf(compute)
 
 
 def _selects(select_topk: Any) -> bool:
@@ -171,8 +174,7 @@ def sce(
   selects = _selects(select_topk)
   values = {"scale": scale}
   if selects:
-    # In a list, lest a base that is a tuple be taken for one value a model.
-    values["keep"] = [_counts(select_topk, base)]
+    values["keep"] = _counts(select_topk)
   return _gathered.merge(
     _rule(selects),
     "sce",

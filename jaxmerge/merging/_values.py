@@ -14,6 +14,9 @@ from jaxmerge import tree
 
 PyTree = Any
 
+# Kinds of dtypes: integers, floats, and those of ml_dtypes, such as bfloat16.
+_NUMBERS = "biufcV"
+
 
 def is_traced(value: Any) -> bool:
   """Whether a value is known only inside of a transformation."""
@@ -62,6 +65,10 @@ def per_leaf(value: Any, base: PyTree, name: str) -> list[Any]:
       raise ValueError(
         f"{name} must be a scalar for leaf '{leaf}'; got shape"
         f" {jnp.shape(found)}"
+      )
+    if not is_traced(found) and np.asarray(found).dtype.kind not in _NUMBERS:
+      raise ValueError(
+        f"{name} must be a number for leaf '{leaf}'; got {found!r}"
       )
     if not is_traced(found) and not np.isfinite(found):
       raise ValueError(
@@ -131,3 +138,16 @@ def check_range(
         f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}];"
         f" got {one}"
       )
+
+
+def check_key(key: Any) -> None:
+  """Raises unless a PRNG key is one; None passes."""
+  if key is None:
+    return
+  dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+  is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if shape != () if is_typed else dtype != np.uint32 or len(shape or ()) != 1:
+    raise ValueError(
+      "key must be one PRNG key, jax.random.key(seed); got"
+      f" {key if dtype is None else f'{dtype} of shape {shape}'}"
+    )

@@ -470,11 +470,28 @@ class OptionsTest(parameterized.TestCase):
     ("ema", {"decay": 1.1}, "decay must lie"),
     ("magmax", {"scale": {"(": 1.0}}, "not a valid regular expression"),
     ("magmax", {"scale": {"w": jnp.ones(2)}}, "must be a scalar"),
+    ("magmax", {"scale": (0.5, 1.0)}, "scale must be one value for all models"),
+    ("sce", {"scale": [0.5, 1.0]}, "scale must be one value for all models"),
+    ("magmax", {"scale": "0.5"}, "scale must be a number for leaf 'w'; got '0"),
+    ("magmax", {"dtype": jnp.int32}, "dtype must be floating-point; got int32"),
+    ("ties", {"density": [0.5] * 3}, "got 3 values of density for 2 models"),
+    ("dare", {"key": 0}, "key must be one PRNG key.*; got 0"),
+    ("dare", {"key": jax.random.split(KEY)}, r"got key<fry> of shape \(2,\)"),
   )
   def test_bad(self, name, options, message):
     base, models = {"w": jnp.zeros(3)}, [{"w": jnp.ones(3)}] * 2
     with self.assertRaisesRegex(ValueError, message):
       getattr(merging, name)(base, models, **options)
+
+  def test_too_few_values_for_a_stream(self):
+    method = merging.ties_method(density=[0.2, 0.5])
+    state = method.init({"w": jnp.zeros(3)})
+    for _ in range(2):
+      state = method.update(state, {"w": jnp.ones(3)})
+    with self.assertRaisesRegex(
+      ValueError, "got 2 values of density, but this is model 3"
+    ):
+      method.update(state, {"w": jnp.ones(3)})
 
 
 if __name__ == "__main__":
