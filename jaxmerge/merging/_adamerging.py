@@ -355,6 +355,21 @@ def _positive(value: int, name: str) -> int:
   return operator.index(value)
 
 
+def _bounds(clip: Any) -> tuple[float, float] | None:
+  """The bounds as numbers, or an error that says what is wrong with them."""
+  if clip is None:
+    return None
+  try:
+    low, high = (float(bound) for bound in clip)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"clip must be two numbers, (low, high), or None; got {clip!r}"
+    ) from error
+  if not low <= high:
+    raise ValueError(f"clip must have low <= high; got {low:g} and {high:g}")
+  return low, high
+
+
 def adamerging(
   logits_fn: LogitsFn | Sequence[LogitsFn],
   base: PyTree,
@@ -453,6 +468,8 @@ def adamerging(
   >>> print(info.layers, info.coefficients.tolist(), params["w"].tolist())
   ('w',) [[1.0], [1.0]] [[3.0, 0.0], [0.0, 3.0]]
   """
+  _leaves.check_shared(options, "adamerging")
+  clip = _bounds(clip)
   select = options.get("select")
   parts = _leaves.take_apart(
     base,

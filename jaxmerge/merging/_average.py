@@ -100,7 +100,13 @@ def average(
   1.5
   """
   models = _method.check_models(models)
-  return _leafwise.merge(_average_rule(), models[0], models, **options)
+  return _leafwise.merge(
+    _average_rule(),
+    models[0],
+    models,
+    names=_weights.model_names(models),
+    **options,
+  )
 
 
 def weighted_average(
@@ -135,7 +141,14 @@ def weighted_average(
   """
   models = _method.check_models(models)
   _weights.check_sums(weights, models[0], len(models))
-  return _leafwise.merge(_average_rule(), models[0], models, weights, **options)
+  return _leafwise.merge(
+    _average_rule(),
+    models[0],
+    models,
+    weights,
+    names=_weights.model_names(models),
+    **options,
+  )
 
 
 @functools.cache

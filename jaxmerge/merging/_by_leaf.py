@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
@@ -37,7 +37,7 @@ def _of_leaf(
     if type(value) in (list, tuple):
       columns = [resolve(one, name) for one in value]
       return lambda place: type(value)(column(place) for column in columns)
-    if callable(value) or jax.tree_util.all_leaves([value]):
+    if value is None or callable(value) or jax.tree_util.all_leaves([value]):
       return lambda place: value
     leaves = _values.per_leaf(value, base, name)
     return lambda place: leaves[place]
@@ -68,8 +68,8 @@ def _whole_fisher(*given: Any) -> Callable[[int], _method.MergeMethod]:
   del given
   raise ValueError(
     "fisher_average divides by the norm of the whole Fisher with"
-    " normalize='vector'; leaf by leaf, divide beforehand, for example with"
-    " jaxmerge.tree.scale, and leave normalize out"
+    " normalize='vector', which no leaf knows; give maximum(F, floor) / norm(F)"
+    " as Fishers, with floor=0 and without normalize"
   )
 
 
@@ -84,7 +84,7 @@ def _whole_ties(
   density, *kinds = (
     options[name] for name in ("density", "elect", "merge", "zero_sign")
   )
-  _ties.check_options(density, "vector", *kinds)
+  _ties.check_options(density, options["scope"], *kinds)
   rule = _ties_by_leaf.told_rule(*kinds)
   vector = _ties_by_leaf.scan(leaves, read, weights, density, rule)
   return lambda place: _leafwise.leafwise_method(
@@ -164,7 +164,7 @@ def merge_leaves(
 
   Each leaf is read once. TIES with a threshold over the whole vector reads
   each floating-point leaf two times more to find the threshold exactly (four
-  if it has 64 bits), and once for the majority of the signs.
+  if one has 64 bits), and once for the majority of the signs.
 
   Args:
     method: A method from `get`.
@@ -175,15 +175,15 @@ def merge_leaves(
     statistics: One entry for each model, for a method that needs them, of
       leaves that may be lazy as well.
 
-  Yields:
-    Name and value of each leaf of the base, in the order of
+  Returns:
+    Iterator of the name and value of each leaf of the base, in the order of
     ``jax.tree.leaves``. Leaves that are not merged come from the base (from
     the first model, if the method needs no base).
 
   Raises:
-    TreeMismatchError: If the trees differ, or a leaf is not what it was
-      announced as.
-    ValueError: As the method.
+    TreeMismatchError: If the trees differ, or, when it is read, a leaf is not
+      what it was announced as.
+    ValueError: As the method, or if two leaves have one name.
 
   >>> from jaxmerge.merging import get
   >>> base, models = {"a": 0.0, "b": 1.0}, [{"a": 2.0, "b": 3.0}]
@@ -197,11 +197,10 @@ def merge_leaves(
     base, len(models), weights=weights, key=key, statistics=statistics
   )
   if method.info.name == "passthrough":
-    yield from _passthrough_by_leaf.leaves(models, **method.options)
-    return
-  if not method.info.needs_base:
-    base = models[0]
+    return _passthrough_by_leaf.leaves(models, **method.options)
   owners = ["base", *(f"model {i}" for i in range(len(models)))]
+  if not method.info.needs_base:
+    base, owners[0] = models[0], "model 0"
   tree.check_match(base, *models, names=owners)
   method.check_sums(weights, base, len(models))
   options = dict(method.options)
@@ -218,6 +217,12 @@ def merge_leaves(
   allow_nonfinite = options.pop("allow_nonfinite", False)
   bind = _of_leaf(options, base)
   names = tree.leaf_names(base)
+  for name, number in collections.Counter(names).items():
+    if number > 1:
+      raise ValueError(
+        f"two leaves are named '{name}'; rename one: here they are told apart"
+        " by their names"
+      )
   trees = [jax.tree.leaves(params) for params in (base, *models)]
 
   def read(place: int, owner: int) -> dict[str, Any]:
@@ -245,20 +250,27 @@ def merge_leaves(
     unread = {place: trees[0][place] for place in sorted(merged)}
     given = {**method.info.options, **options}
     make = _WHOLE[method.info.name](unread, read, columns, given, bind)
-  for place, name in enumerate(names):
-    start = read(place, 0)
-    if place not in merged:
-      yield name, _leaves.rebuild(start, [], [], options.get("dtype"))[name]
-      continue
-    triple = make(place)
-    state = triple.init(start)
-    for i, column in enumerate(columns):
-      # Without a base, the first model has been read in its place.
-      is_read = i == 0 and not method.info.needs_base
-      params = start if is_read else read(place, i + 1)
-      given = {} if weights is None else {"weight": column[place]}
-      if statistics is not None:
-        found = {name: known[i][name]} if name in known[i] else {}
-        given["statistics"] = jax.tree.map(np.asarray, found)
-      state = triple.update(state, params, **given, donate=True)
-    yield name, triple.finalize(state)[name]
+
+  def results() -> Iterator[tuple[str, Array]]:
+    for place, name in enumerate(names):
+      start = read(place, 0)
+      if place not in merged:
+        yield name, _leaves.rebuild(start, [], [], options.get("dtype"))[name]
+        continue
+      triple = make(place)
+      state = triple.init(start)
+      for i, column in enumerate(columns):
+        # Without a base, the first model has been read in its place.
+        is_read = i == 0 and not method.info.needs_base
+        params = start if is_read else read(place, i + 1)
+        given = {} if weights is None else {"weight": column[place]}
+        if statistics is not None:
+          owner = f"statistics {i}"
+          given["statistics"] = {
+            one: _lazy.read_leaf(known[i][one], one, owner)
+            for one in known[i].keys() & {name}
+          }
+        state = triple.update(state, params, **given, donate=True)
+      yield name, triple.finalize(state)[name]
+
+  return results()

@@ -58,11 +58,6 @@ def _keep_used(
 
 
 @jax.jit
-def _difference(base: Array, leaf: Array) -> Array:
-  return _leaves.widen(leaf) - _leaves.widen(base)
-
-
-@jax.jit
 def _choose(mask: Array, leaf: Array, base: Array) -> Array:
   return jnp.where(mask, leaf, base)
 
@@ -146,7 +141,7 @@ def tall_masks(
   else:
     leaves = jax.tree.leaves(merged)
     vectors = [
-      _difference(one, leaves[leaf.place])
+      _leaves.difference(one, leaves[leaf.place])
       for one, leaf in zip(bases, chosen, strict=True)
     ]
   masks = []

@@ -196,6 +196,7 @@ def emr(
   >>> print(result.unified["w"], result.masks[0]["w"], result.scales[1])
   [-2.  3.] [False  True] 0.6
   """
+  _leaves.check_shared(options, "emr")
   select, dtype = options.get("select"), options.get("dtype")
   vectors = _multi_task.multi_task_vector(
     base,

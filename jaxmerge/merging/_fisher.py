@@ -184,6 +184,14 @@ def _check_output(
         f"labels must be integers of shape {shape[:-1]}; got shape"
         f" {np.shape(given)} and dtype {dtype}"
       )
+    if not isinstance(given, jax.core.Tracer) and np.size(given):
+      least, most = int(np.min(given)), int(np.max(given))
+      if least < 0 or most >= shape[-1]:
+        raise ValueError(
+          f"labels must lie in [0, {shape[-1] - 1}], the classes of the logits;"
+          f" got {least if least < 0 else most}; leave out examples without a"
+          " label"
+        )
 
 
 def _fisher(

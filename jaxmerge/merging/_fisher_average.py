@@ -49,7 +49,9 @@ def _norm(fishers: Sequence[Array]) -> Array:
     jnp.maximum, [jnp.max(one, initial=0) for one in fishers]
   )
   safe = jnp.where(largest == 0, 1, largest)
-  return largest * jnp.sqrt(sum(jnp.sum((one / safe) ** 2) for one in fishers))
+  total = sum(jnp.sum((one / safe) ** 2) for one in fishers)
+  # The root of 0 has no gradient.
+  return largest * jnp.sqrt(jnp.where(largest == 0, 1, total))
 
 
 def _real(fisher: Array, leaf: Array) -> Array:

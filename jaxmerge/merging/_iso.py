@@ -188,6 +188,9 @@ def iso_c(
   left out, and r is the rank: the singular values that there are are made
   equal, and their sum is kept.
 
+  Scales may be differentiated, models may not where singular values are equal
+  or zero: the derivatives of singular vectors are infinite there.
+
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.
     models: One or more trees of the structure of the base.
@@ -299,6 +302,9 @@ def iso_cts(
 
   Leaves that are no matrix, and vectors of singular values that are zero or
   that depend on each other, are treated as in `iso_c` and `tsv_merge`.
+
+  Scales may be differentiated, models may not where singular values are equal
+  or zero: the derivatives of singular vectors are infinite there.
 
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.

@@ -44,4 +44,5 @@ def read_leaf(leaf: Any, name: str, owner: str) -> Any:
       f" {tuple(leaf.shape)} but read as {value.dtype} of shape"
       f" {tuple(value.shape)}; is the checkpoint damaged?"
     )
-  return jnp.asarray(value)
+  # Of what is only passed on, all 64 bits are kept.
+  return jnp.asarray(value) if tree.is_float(value) else value

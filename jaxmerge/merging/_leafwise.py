@@ -462,6 +462,19 @@ def leafwise_method(
   return _method.MergeMethod(init, update, finalize)
 
 
+def _chunk_size(rule: LeafRule, key: Array | None) -> int:
+  """How many models one kernel merges.
+
+  A rule that draws, selects within the leaf or reads statistics gets them one
+  by one, as in a stream: of longer kernels the compiler stores intermediate
+  results, which takes as long as to store the accumulator, and it rounds sums
+  of products in another way.
+  """
+  selects = rule.derive is not None and rule.prepare is None
+  is_light = key is None and rule.statistics is None and not selects
+  return _CHUNK if is_light else 1
+
+
 def merge(
   rule: LeafRule,
   base: PyTree,
@@ -521,7 +534,8 @@ def merge(
   knows = not any(
     _values.is_traced(one) for one in jax.tree.leaves([base, *models])
   )
-  looks = knows and (rule.spreads or count <= _CHUNK) and not allow_nonfinite
+  chunk = _chunk_size(rule, key)
+  looks = knows and (rule.spreads or count <= chunk) and not allow_nonfinite
   if not allow_nonfinite and not looks:
     _leaves.check_finite([base, *models], names, merged)
   if looks and not rule.spreads:
@@ -556,16 +570,16 @@ def merge(
   batches = [
     [
       _Batch(
-        leaves[first : first + _CHUNK],
-        weight[first : first + _CHUNK],
+        leaves[first : first + chunk],
+        weight[first : first + chunk],
         np.int32(first),
         key,
         leaf.seed,
         one,
-        prepared[first : first + _CHUNK],
-        [entries[place] for entries in found[first : first + _CHUNK]],
+        prepared[first : first + chunk],
+        [entries[place] for entries in found[first : first + chunk]],
       )
-      for first in range(0, count, _CHUNK)
+      for first in range(0, count, chunk)
     ]
     for place, (leaf, leaves, weight, one) in enumerate(
       zip(merged, parts.models, parts.weights, values, strict=True)
@@ -573,7 +587,7 @@ def merge(
   ]
   dtypes = [_leaves.result_dtype(one, dtype) for one in bases]
   total: Any = None
-  if count <= _CHUNK:
+  if count <= chunk and chunk > 1:
     if rule.summarize is not None:
       total = sum(
         _summarize_all(rule, one, zero, batch)
@@ -584,11 +598,18 @@ def merge(
       for one, (batch,), result in zip(bases, batches, dtypes, strict=True)
     ]
   else:
+    # What is differentiated may need the accumulator again.
+    inputs = (base, models, parts.weights, values, found, key)
+    is_traced = any(_values.is_traced(one) for one in jax.tree.leaves(inputs))
+    advance = _advance if is_traced else _advance_in_place
     accumulators = []
     for one, (first, *others) in zip(bases, batches, strict=True):
-      accumulator = _begin(rule, one, zero, first)
+      if chunk == 1:
+        accumulator = _advance(rule, _start(rule, one, zero), one, first)
+      else:
+        accumulator = _begin(rule, one, zero, first)
       for batch in others:
-        accumulator = _advance_in_place(rule, accumulator, one, batch)
+        accumulator = advance(rule, accumulator, one, batch)
       accumulators.append(accumulator)
     if rule.summarize is not None:
       total = sum(_summarize(rule, one) for one in accumulators)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -71,6 +71,14 @@ class PerLeaf(NamedTuple):
   compute: Callable[[PyTree, Sequence[Leaf]], Sequence[Any]]
 
 
+def check_shared(options: Mapping[str, Any], who: str) -> None:
+  """Raises for options that are not those of `MergeOptions`."""
+  known = MergeOptions.__annotations__
+  for name in options:
+    if name not in known:
+      raise TypeError(f"{who}() got an unexpected keyword argument {name!r}")
+
+
 class Parts(NamedTuple):
   """A base and models, checked, and taken apart.
 
@@ -90,6 +98,12 @@ class Parts(NamedTuple):
 def widen(leaf: Any) -> Array:
   """A leaf in the dtype that it is computed in."""
   return jnp.asarray(leaf).astype(tree.accumulation_dtype(leaf))
+
+
+@jax.jit
+def difference(base: Array, leaf: Array) -> Array:
+  """The task vector of a leaf."""
+  return widen(leaf) - widen(base)
 
 
 @jax.jit

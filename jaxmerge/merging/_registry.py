@@ -422,7 +422,8 @@ def info(name: str, **options: Any) -> MethodInfo:
   if name not in _ENTRIES:
     raise ValueError(_unknown("merge method", name, names()))
   entry, defaults = _ENTRIES[name], _defaults(name)
-  shared = _leaves.MergeOptions.__annotations__
+  # Passthrough has no leaves to select.
+  shared = () if name == "passthrough" else _leaves.MergeOptions.__annotations__
   for option in options:
     if option not in defaults and option not in shared:
       raise ValueError(

@@ -1,8 +1,8 @@
-"""Exact selection by magnitude from a vector that is read in pieces."""
+"""Exact selection by magnitude from vectors that are read in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,43 +21,47 @@ _bits = jax.jit(_threshold.magnitude_bits, static_argnames="dtype")
 
 
 def streamed_kth_largest_bits(
-  read: Callable[[], Iterable[Array]], k: int, dtype: Any = np.uint32
-) -> np.unsignedinteger[Any]:
-  """The k-th largest magnitude of a vector that is read in pieces, exactly.
+  read: Callable[[], Iterable[tuple[int, Array]]],
+  ks: Sequence[int],
+  dtype: Any = np.uint32,
+) -> list[np.unsignedinteger[Any]]:
+  """The k-th largest magnitudes of vectors that are read in pieces, exactly.
 
   Each pass counts the next 16 bits of the magnitudes that agree with what is
   known so far: two passes for float32, four for float64.
 
   Args:
-    read: Returns the pieces; called once a pass. One piece at a time is held.
-    k: Which one, from 1; at most the number of entries.
+    read: Returns pairs of a vector's place and a piece of it, in any order;
+      called once a pass. One piece at a time is held.
+    ks: Which one of each vector, from 1; at most its number of entries.
     dtype: uint32, or uint64 if a piece is wider than 32 bits.
 
   Returns:
-    What `_threshold.kth_largest_bits` returns.
+    For each vector what `_threshold.kth_largest_bits` returns.
 
   >>> import jax.numpy as jnp
-  >>> pieces = [jnp.asarray([1.0, -4.0]), jnp.asarray([3.0, 2.0])]
-  >>> bits = streamed_kth_largest_bits(lambda: pieces, 2)
+  >>> pieces = [(0, jnp.asarray([1.0, -4.0])), (0, jnp.asarray([3.0, 2.0]))]
+  >>> (bits,) = streamed_kth_largest_bits(lambda: pieces, [2])
   >>> print(bits.view(np.float32))
   3.0
   """
   kind = np.dtype(dtype)
-  known = 0
+  known, ranks = [0] * len(ks), list(ks)
   top = 8 * kind.itemsize - _DIGIT
   for shift in range(top, -1, -_DIGIT):
-    counts = np.zeros(1 << _DIGIT, np.int64)
-    for piece in read():
+    counts = np.zeros((len(ks), 1 << _DIGIT), np.int64)
+    for vector, piece in read():
       bits = np.asarray(_bits(piece, dtype=kind)).ravel()
       for start in range(0, bits.size, _BLOCK):
         block = bits[start : start + _BLOCK] >> kind.type(shift)
         if shift < top:
-          block = block[block >> kind.type(_DIGIT) == known >> _DIGIT]
+          block = block[block >> kind.type(_DIGIT) == known[vector]]
         digits = block.astype(np.uint16)
-        counts += np.bincount(digits, minlength=counts.size)
-    # Entries of at least each digit.
-    reach = np.cumsum(counts[::-1])[::-1]
-    digit = int(np.flatnonzero(reach >= k)[-1])
-    k -= int(reach[digit] - counts[digit])
-    known = (known | digit) << (_DIGIT if shift else 0)
-  return kind.type(known)
+        counts[vector] += np.bincount(digits, minlength=1 << _DIGIT)
+    for vector, count in enumerate(counts):
+      # Entries of at least each digit.
+      reach = np.cumsum(count[::-1])[::-1]
+      digit = int(np.flatnonzero(reach >= ranks[vector])[-1])
+      ranks[vector] -= int(reach[digit] - count[digit])
+      known[vector] = known[vector] << _DIGIT | digit
+  return [kind.type(bits) for bits in known]

@@ -64,11 +64,6 @@ def told_rule(
   return rule._replace(finalize=finalize)
 
 
-@jax.jit
-def _difference(base: Array, leaf: Array) -> Array:
-  return _leaves.widen(leaf) - _leaves.widen(base)
-
-
 @functools.partial(jax.jit, static_argnames="rule")
 def _signs(rule: _leafwise.LeafRule, accumulator: Any) -> Array:
   """Positive elected signs less negative ones."""
@@ -121,19 +116,18 @@ def scan(
   kind = np.result_type(np.float32, *magnitudes)
   dtype = np.uint64 if kind.itemsize > 4 else np.uint32
 
-  def taus(owner: int) -> Iterator[Array]:
+  def taus() -> Iterator[tuple[int, Array]]:
     for place in leaves:
-      (base,), (leaf,) = read(place, 0).values(), read(place, owner).values()
-      yield _difference(base, leaf)
+      (base,) = read(place, 0).values()
+      for i in range(len(weights)):
+        (leaf,) = read(place, i + 1).values()
+        yield i, _leaves.difference(base, leaf)
 
-  thresholds = [
-    _streamed_threshold.streamed_kth_largest_bits(
-      functools.partial(taus, i + 1),
-      int(_threshold.keep_count(density, size)),
-      dtype,
-    )
-    for i, density in enumerate(densities)
-  ]
+  thresholds: list[Any] = _streamed_threshold.streamed_kth_largest_bits(
+    taus,
+    [int(_threshold.keep_count(density, size)) for density in densities],
+    dtype,
+  )
   if rule.summarize is None:
     return Vector(thresholds, np.int32(0))
   options = {"scale": 1.0, **Vector(thresholds, np.int32(0)).values()}

@@ -137,6 +137,9 @@ def tsv_merge(
   is the pseudo-inverse: a task without a change in a leaf does not disturb the
   others, and equal models of rank k give that model.
 
+  Scales may be differentiated, models may not where singular values are equal
+  or zero: the derivatives of singular vectors are infinite there.
+
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.
     models: One or more trees of the structure of the base.

@@ -177,6 +177,21 @@ class MergeLeavesTest(parameterized.TestCase):
       statistics = [{"c": np.eye(6)}] * 2
       next(merging.merge_leaves(method, None, models, statistics=statistics))
 
+  def test_all_bits_of_what_is_passed_on(self):
+    base = {"w": np.ones(2, np.float32), "n": np.array([2**40, 3], np.int64)}
+    got = dict(merging.merge_leaves(merging.get("magmax"), base, [base]))
+    np.testing.assert_array_equal(got["n"], [2**40, 3])
+
+  @parameterized.parameters(
+    ("magmax", {"dtype": None, "select": None}),
+    ("tsv_merge", {"row_axes": None, "rank_fraction": None}),
+  )
+  def test_options_that_are_none(self, name, options):
+    base, model = _params(0), _params(1)
+    method = merging.get(name, **options)
+    got = dict(merging.merge_leaves(method, base, [model]))
+    np.testing.assert_array_equal(got["b"], method(base, [model])["b"])
+
   def test_errors(self):
     base, model = _params(0), _params(1)
     nothing = merging.LazyLeaf((7,), np.float32, lambda: self.fail("read"))
@@ -215,17 +230,21 @@ class StreamedThresholdTest(parameterized.TestCase):
   )
   def test_is_the_sort(self, values, k):
     pieces = [jnp.asarray(values[:5]), jnp.asarray(values[5:]).reshape(19, 1)]
-    got = _streamed_threshold.streamed_kth_largest_bits(lambda: pieces, k)
+    other = jnp.arange(24.0) - 12
+    got, of_other = _streamed_threshold.streamed_kth_largest_bits(
+      lambda: [(0, pieces[0]), (1, other), (0, pieces[1])], [k, 2]
+    )
     want = np.sort(np.abs(values))[::-1][k - 1]
     self.assertEqual(got.view(np.float32), want)
+    self.assertEqual(of_other.view(np.float32), 11)
 
   def test_more_than_a_block(self):
     """Blocks of the counting make no difference."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(1 << 20) + 3).astype(np.float32)
     for k in (1, 1000, values.size):
-      got = _streamed_threshold.streamed_kth_largest_bits(
-        lambda: [jnp.asarray(values)], k
+      (got,) = _streamed_threshold.streamed_kth_largest_bits(
+        lambda: [(0, jnp.asarray(values))], [k]
       )
       self.assertEqual(
         got.view(np.float32), np.sort(np.abs(values))[::-1][k - 1]
@@ -236,8 +255,8 @@ class StreamedThresholdTest(parameterized.TestCase):
       values = np.random.default_rng(0).normal(size=100)
       values[:50] = values[0] + np.arange(50) * 2e-16
       for k in (1, 30, 100):
-        got = _streamed_threshold.streamed_kth_largest_bits(
-          lambda: [jnp.asarray(values)], k, np.uint64
+        (got,) = _streamed_threshold.streamed_kth_largest_bits(
+          lambda: [(0, jnp.asarray(values))], [k], np.uint64
         )
         self.assertEqual(
           got.view(np.float64), np.sort(np.abs(values))[::-1][k - 1]

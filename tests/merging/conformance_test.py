@@ -164,14 +164,25 @@ def _start(case, base, models):
   return base if case.method.info.needs_base else models[0]
 
 
-def _stream(case, base, models, *, donate=False, **options):
+def _weights(case, count):
+  """Weights that are not equal, and no power of two, where there are some."""
+  if not case.method.info.takes_weights:
+    return {}
+  return {"weights": [0.5 + 0.3 * i for i in range(count)]}
+
+
+def _stream(case, base, models, *, weights=None, donate=False, **options):
   method = merging.get(
     case.method.info.name, **case.method.options, **options
   ).method(KEY)
   state = method.init(_start(case, base, models))
-  for params in models:
+  for params, weight in zip(
+    models, weights or [1.0] * len(models), strict=True
+  ):
     known = _statistics(case, params)
-    state = method.update(state, params, statistics=known, donate=donate)
+    state = method.update(
+      state, params, weight, statistics=known, donate=donate
+    )
   return method.finalize(state)
 
 
@@ -244,12 +255,13 @@ class ConformanceTest(parameterized.TestCase):
     case = CASES[label]
     base = _params(0, edges=True)
     models = _models(case.num_models, edges=True)
-    want = _merge(case, base, models)
-    _bits_equal(_stream(case, base, models), want)
+    weights = _weights(case, case.num_models)
+    want = _merge(case, base, models, **weights)
+    _bits_equal(_stream(case, base, models, **weights), want)
     copies = jax.tree.map(jnp.copy, (base, models))
-    _bits_equal(_stream(case, base, models, donate=True), want)
+    _bits_equal(_stream(case, base, models, donate=True, **weights), want)
     _bits_equal((base, models), copies)
-    given = _give(case, models)
+    given = _give(case, models, **weights)
     if case.method.options.get("normalize") == "vector":
       with self.assertRaisesRegex(ValueError, "norm of the whole Fisher"):
         dict(merging.merge_leaves(case.method, base, models, **given))

@@ -70,6 +70,7 @@ class RegistryTest(parameterized.TestCase):
     ("ties", {"densty": 0.2}, "unknown option of ties 'densty'; did you mean"),
     ("average", {"density": 0.2}, "unknown option of average"),
     ("nearswap", {}, "nearswap needs the option t"),
+    ("passthrough", {"slices": [], "select": "w"}, "unknown option of passthr"),
   )
   def test_bad_options(self, name, options, message):
     with self.assertRaisesRegex(ValueError, message):
