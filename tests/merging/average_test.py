@@ -144,7 +144,10 @@ class AverageTest(parameterized.TestCase):
 
 class ErrorTest(parameterized.TestCase):
   @parameterized.parameters(
-    ({"w": jnp.ones(3)}, r"'w' has shape \(2,\) in model 0 but \(3,\) in model 1"),
+    (
+      {"w": jnp.ones(3)},
+      r"'w' has shape \(2,\) in model 0 but \(3,\) in model 1",
+    ),
     ({"w": jnp.ones(2, jnp.float16)}, "'w' has dtype float32 in model 0 but"),
     ({"v": jnp.ones(2)}, "'w' is in model 0 but missing from model 1"),
   )
