@@ -25,11 +25,13 @@ class Sparsifier(NamedTuple):
     apply: `apply(tau, step) -> tau`, on one leaf.
     derive: As in a `LeafRule`.
     prepare: `prepare(taus, values) -> prepared`, of the whole task vector.
+    spreads: As in a `LeafRule`.
   """
 
   apply: Callable[[Array, _leafwise.Step], Array]
   derive: Callable[[Values, int, int], Values] | None = None
   prepare: Callable[[list[Array], list[Values]], Any] | None = None
+  spreads: bool = False
 
 
 def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
@@ -100,9 +102,11 @@ def random(rescale: str | None = "density") -> Sparsifier:
     assert step.key is not None
     density = step.values["density"]
     is_kept = _draws.bernoulli(step.key, tau.shape, density)
-    return _rescale(tau, jnp.where(is_kept, tau, 0), rescale, density)
+    # A product, which NaN and infinity survive, so that they are found in the
+    # result and not by a look at every model.
+    return _rescale(tau, tau * is_kept.astype(tau.dtype), rescale, density)
 
-  return Sparsifier(apply)
+  return Sparsifier(apply, spreads=True)
 
 
 @functools.cache

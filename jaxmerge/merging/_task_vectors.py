@@ -65,5 +65,5 @@ def task_vector_rule(
     derive=None if sparsifier is None else sparsifier.derive,
     prepare=prepare if whole else None,
     summarize=combiner.summarize,
-    spreads=combiner.spreads and sparsifier is None,
+    spreads=combiner.spreads and (sparsifier is None or sparsifier.spreads),
   )
