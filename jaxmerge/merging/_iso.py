@@ -47,7 +47,8 @@ def _common_and_specific(
     return u, s, vh
   inside = u @ (jnp.conj(jnp.swapaxes(u, -2, -1)) @ taus)
   # What is left of a task that lies inside is rounding.
-  us, ss, vhs = _matrices.svd(taus - inside, specific, _matrices.norm(taus))
+  size = jnp.linalg.norm(taus, ord=2, axis=(-2, -1))
+  us, ss, vhs = _matrices.svd(taus - inside, specific, size)
   vs = _matrices.join(jnp.swapaxes(vhs, -2, -1))
   return (
     jnp.concatenate([_matrices.join(us), u], axis=-1),
@@ -185,8 +186,7 @@ def iso_c(
 
   The vectors of singular values that are zero are not determined by the sum,
   and the paper's code takes whatever the decomposition returns. Here they are
-  left out, and r is the rank: the singular values that there are are made
-  equal, and their sum is kept.
+  left out; the mean is over all r values, as in the paper.
 
   Scales may be differentiated, models may not where singular values are equal
   or zero: the derivatives of singular vectors are infinite there.

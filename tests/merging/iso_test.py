@@ -47,6 +47,15 @@ def iso_cts(taus, common, specific):
   return merged, max(np.linalg.cond(left), np.linalg.cond(right))
 
 
+def tsv(taus, count):
+  """TSV-M by the paper's equations."""
+  factors = [np.linalg.svd(tau) for tau in taus]
+  u = np.concatenate([u[:, :count] for u, _, _ in factors], axis=1)
+  s = np.concatenate([s[:count] for _, s, _ in factors])
+  v = np.concatenate([vh[:count].T for _, _, vh in factors], axis=1)
+  return (scipy.linalg.polar(u)[0] * s) @ scipy.linalg.polar(v)[0].T
+
+
 def merge(fn, taus, **options):
   models = [{"w": jnp.asarray(tau, jnp.float32)} for tau in taus]
   base = {"w": jnp.zeros(np.shape(taus[0]))}
@@ -85,13 +94,35 @@ class IsoCTest(parameterized.TestCase):
     u, v = (np.linalg.qr(rng.normal(size=(6, 2)))[0] for _ in range(2))
     total = u @ np.diag([3.0, 1.0]) @ v.T
     got = merge(merging.iso_c, [total / 2] * 2)
-    np.testing.assert_allclose(got, 2 * u @ v.T, atol=1e-5)
+    # (3 + 1) / 6, the mean over all six.
+    np.testing.assert_allclose(got, 2 / 3 * u @ v.T, atol=1e-5)
 
   @parameterized.parameters((1, 5), (5, 1), (1, 1))
   def test_one_singular_value_is_task_arithmetic(self, rows, columns):
     taus = matrices(0, 3, rows, columns)
     got = merge(merging.iso_c, taus)
     np.testing.assert_allclose(got, sum(taus), atol=1e-5)
+
+
+class LargeTest(parameterized.TestCase):
+  """Small singular values of large matrices are no rounding."""
+
+  @parameterized.parameters(0.0, 1.5)
+  def test_against_the_equations(self, decay):
+    rng, side = np.random.default_rng(0), 256
+    decays = np.arange(1.0, side + 1) ** -decay
+    taus = []
+    for _ in range(2):
+      u, _, vh = np.linalg.svd(rng.normal(size=(side, side)))
+      values = np.sort(rng.uniform(0.5, 1, side))[::-1] * decays
+      taus.append(((u * values) @ vh).astype(np.float32).astype(np.float64))
+    for name, want in (
+      ("iso_c", iso_c(taus)),
+      ("tsv_merge", tsv(taus, side // 2)),
+    ):
+      got = merge(getattr(merging, name), taus)
+      error = np.linalg.norm(got - want) / np.linalg.norm(want)
+      self.assertLess(error, 2e-3, name)
 
 
 class IsoCtsTest(parameterized.TestCase):
@@ -148,7 +179,7 @@ class IsoCtsTest(parameterized.TestCase):
     u, v = (np.linalg.qr(rng.normal(size=(6, 2)))[0] for _ in range(2))
     taus = [u @ np.diag([3.0, 1.0]) @ v.T] * 2
     got = merge(merging.iso_cts, taus, common_fraction=0.5)
-    np.testing.assert_allclose(got, 4 * u @ v.T, atol=1e-5)
+    np.testing.assert_allclose(got, 4 / 3 * u @ v.T, atol=1e-5)
 
   def test_errors(self):
     base = {"w": jnp.zeros((2, 2))}
