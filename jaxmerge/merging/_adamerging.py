@@ -470,6 +470,11 @@ def adamerging(
   """
   _leaves.check_shared(options, "adamerging")
   clip = _bounds(clip)
+  _values.check_key(key)
+  if optimizer is None and not callable(learning_rate):
+    if np.ndim(learning_rate):
+      raise ValueError("learning_rate must be one number, or a schedule")
+    _values.check_range(learning_rate, "learning_rate", 0, np.inf)
   select = options.get("select")
   parts = _leaves.take_apart(
     base,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge import tree
 from jaxmerge.merging import (
@@ -138,11 +139,28 @@ def _whole_consensus(
   return make
 
 
+# What messages call what a function collects.
+_NOUNS = {"diagonal_fisher": "Fisher", "gram_matrices": "Gram matrices"}
 _WHOLE = {
   "consensus": _whole_consensus,
   "fisher_average": _whole_fisher,
   "ties": _whole_ties,
 }
+
+
+def _check_number(state: Any, num_models: int) -> None:
+  """Raises unless options of one value a model have as many as models."""
+  if not isinstance(state, _leafwise.LeafwiseState):
+    return
+  for values in state.values:
+    for name, value in values.items():
+      if isinstance(value, _leaves.Static) or not value.ndim:
+        continue
+      if len(value) != num_models:
+        raise ValueError(
+          f"got {len(value)} values of {name} for {num_models} models; give one"
+          " value, or one for each model"
+        )
 
 
 def merge_leaves(
@@ -159,8 +177,9 @@ def merge_leaves(
   The leaves may be `LazyLeaf`, ``np.memmap``, or whatever has a shape and a
   dtype and becomes an array by ``np.asarray``. Structure, shapes and dtypes
   are compared before anything is read. The result is the same bit for bit as
-  that of the method on trees in memory. Methods whose state grows with the
-  number of models hold one leaf of all models.
+  that of the method on trees in memory. Only ``fisher_average`` with
+  ``normalize="vector"`` cannot be merged so, and says so. Methods whose state
+  grows with the number of models hold one leaf of all models.
 
   Each leaf is read once. TIES with a threshold over the whole vector reads
   each floating-point leaf two times more to find the threshold exactly (four
@@ -217,34 +236,54 @@ def merge_leaves(
   allow_nonfinite = options.pop("allow_nonfinite", False)
   bind = _of_leaf(options, base)
   names = tree.leaf_names(base)
-  for name, number in collections.Counter(names).items():
-    if number > 1:
-      raise ValueError(
-        f"two leaves are named '{name}'; rename one: here they are told apart"
-        " by their names"
-      )
+  _lazy.check_names(names)
   trees = [jax.tree.leaves(params) for params in (base, *models)]
 
   def read(place: int, owner: int) -> dict[str, Any]:
     name = names[place]
-    leaf = {name: _lazy.read_leaf(trees[owner][place], name, owners[owner])}
-    if not allow_nonfinite and place in merged:
-      found = _leaves.merged_leaves(leaf, None)
-      _leaves.check_finite([leaf], [owners[owner]], found)
+    value = _lazy.read_leaf(trees[owner][place], name, owners[owner])
+    if place not in merged:
+      return {name: value}
+    leaf = {name: jnp.asarray(value)}
+    check_finite(leaf, owners[owner])
     return leaf
 
+  def check_finite(leaf: dict[str, Any], owner: str) -> None:
+    if not allow_nonfinite:
+      found = _leaves.merged_leaves(leaf, None)
+      _leaves.check_finite([leaf], [owner], found)
+
+  noun = _NOUNS.get(method.info.statistics or "", "statistics")
+  given_statistics = _method.per_model_statistics(statistics, len(models))
   known = [
-    _by_name(one, base, f"statistics {i}")
-    for i, one in enumerate(
-      _method.per_model_statistics(statistics, len(models))
-    )
+    _by_name(one, base, f"{noun} {i}") for i, one in enumerate(given_statistics)
   ]
+  for i, one in enumerate(given_statistics):
+    if statistics is not None and one is None:
+      raise ValueError(
+        f"{noun} {i} is missing; collect it with {method.info.statistics}"
+      )
+
+  def read_statistics(name: str, model: int) -> dict[str, Any]:
+    if name not in known[model]:
+      return {}
+    owner = f"{noun} {model}"
+    value = _lazy.read_leaf(known[model][name], name, owner)
+    leaf = {name: jnp.asarray(value)}
+    if tree.is_float(value):
+      check_finite(leaf, owner)
+    return leaf
 
   def of_leaf(place: int) -> _method.MergeMethod:
     return _registry.get(
       method.info.name, **bind(place), allow_nonfinite=True
     ).method(key)
 
+  _values.check_key(key)
+  _leaves.result_dtype(np.float32(0), options.get("dtype"))
+  if merged and method.info.leafwise:
+    # Options that are out of their range are found before anything is read.
+    of_leaf(min(merged))
   make: Callable[[int], _method.MergeMethod] = of_leaf
   if not method.info.leafwise:
     unread = {place: trees[0][place] for place in sorted(merged)}
@@ -259,17 +298,14 @@ def merge_leaves(
         continue
       triple = make(place)
       state = triple.init(start)
+      _check_number(state, len(models))
       for i, column in enumerate(columns):
         # Without a base, the first model has been read in its place.
         is_read = i == 0 and not method.info.needs_base
         params = start if is_read else read(place, i + 1)
         given = {} if weights is None else {"weight": column[place]}
         if statistics is not None:
-          owner = f"statistics {i}"
-          given["statistics"] = {
-            one: _lazy.read_leaf(known[i][one], one, owner)
-            for one in known[i].keys() & {name}
-          }
+          given["statistics"] = read_statistics(name, i)
         state = triple.update(state, params, **given, donate=True)
       yield name, triple.finalize(state)[name]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.merging import _examples, _leaves, _sparsify
+from jaxmerge.merging import _examples, _leaves, _sparsify, _values
 
 PyTree = Any
 Array = jax.Array
@@ -149,7 +149,8 @@ def _check_output(
   params: PyTree,
   batch: PyTree,
   size: int,
-) -> None:
+) -> int:
+  """Checks a batch of a new shape; returns the number of classes, or 0."""
   if labels == "empirical" and not (
     isinstance(batch, (tuple, list)) and len(batch) == 2
   ):
@@ -171,7 +172,7 @@ def _check_output(
         "the log-likelihood must be one number for each example, shape"
         f" ({size},); got {output}"
       )
-    return
+    return 0
   if shape is None or len(shape) < 2 or shape[0] != size:
     raise ValueError(
       f"the logits must have shape ({size}, ..., classes); got {output}"
@@ -184,14 +185,20 @@ def _check_output(
         f"labels must be integers of shape {shape[:-1]}; got shape"
         f" {np.shape(given)} and dtype {dtype}"
       )
-    if not isinstance(given, jax.core.Tracer) and np.size(given):
-      least, most = int(np.min(given)), int(np.max(given))
-      if least < 0 or most >= shape[-1]:
-        raise ValueError(
-          f"labels must lie in [0, {shape[-1] - 1}], the classes of the logits;"
-          f" got {least if least < 0 else most}; leave out examples without a"
-          " label"
-        )
+  return int(shape[-1])
+
+
+def _check_labels(labels: Any, classes: int, number: int) -> None:
+  """Raises for labels that are no class, unless they are traced."""
+  if isinstance(labels, jax.core.Tracer) or not np.size(labels):
+    return
+  least, most = int(np.min(labels)), int(np.max(labels))
+  if least < 0 or most >= classes:
+    raise ValueError(
+      f"labels must lie in [0, {classes - 1}], the classes of the logits; batch"
+      f" {number} has {least if least < 0 else most}; leave out examples"
+      " without a label"
+    )
 
 
 def _fisher(
@@ -212,7 +219,7 @@ def _fisher(
   sums = _zeros(floats)
   arrays, static = _examples.split_arrays(params)
   count, padded = 0, 0
-  checked = set()
+  checked: dict[Any, int] = {}
   for number, batch in enumerate(batches):
     size = _examples.batch_size(batch, number)
     if not size:
@@ -225,8 +232,9 @@ def _fisher(
       (np.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(batch)
     )
     if kind not in checked:
-      _check_output(fn, labels, params, batch, size)
-      checked.add(kind)
+      checked[kind] = _check_output(fn, labels, params, batch, size)
+    if labels == "empirical":
+      _check_labels(batch[1], checked[kind], number)
     if size < padded:
       rows = np.minimum(np.arange(padded), size - 1)
       batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
@@ -312,6 +320,7 @@ def diagonal_fisher(
   0.625
   """
   _sparsify.check_choice(labels, "labels", _LABELS)
+  _values.check_key(key)
   if (labels == "sampled") != (key is not None):
     raise ValueError(
       f"labels={labels!r} "

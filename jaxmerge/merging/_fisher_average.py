@@ -186,8 +186,9 @@ def fisher_average_method(
   >>> print(method.finalize(state)["w"])
   2.0
   """
+  values = _options(floor, normalize)
   method = _leafwise.leafwise_method(
-    _rule(normalize), options=_options(floor, normalize), **options
+    _rule(normalize), options=values, **options
   )
   return _weights.nonnegative(method)
 
@@ -249,13 +250,14 @@ def fisher_average(
   2.0
   """
   models = _method.check_models(models)
+  values = _options(floor, normalize)
   _weights.check_sums(weights, models[0], len(models), allow_negative=False)
   return _leafwise.merge(
     _rule(normalize),
     models[0],
     models,
     weights,
-    options=_options(floor, normalize),
+    options=values,
     names=_weights.model_names(models),
     statistics=fishers,
     **options,

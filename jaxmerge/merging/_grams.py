@@ -41,7 +41,8 @@ _CALLS = (
   "remat",
   "remat2",
 )
-_LOOPS = ("cond", "scan", "while")
+# These run one another way, in which products are not looked for.
+_OTHERS = ("cond", "scan", "shard_map", "while", "xla_pmap")
 
 
 def gram_matrix(inputs: Array) -> Array:
@@ -198,7 +199,7 @@ class _Watch:
           found,
         )
       else:
-        if name in _LOOPS:
+        if name in _OTHERS:
           self._refuse(name, operands, found)
         self._look(eqn, operands, found)
         bound = eqn.primitive.get_bind_params(eqn.params)

@@ -188,8 +188,8 @@ def iso_c(
   and the paper's code takes whatever the decomposition returns. Here they are
   left out; the mean is over all r values, as in the paper.
 
-  Scales may be differentiated, models may not where singular values are equal
-  or zero: the derivatives of singular vectors are infinite there.
+  Scales may be differentiated, models and weights only where singular values
+  differ and are not zero: else singular vectors have no finite derivatives.
 
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.
@@ -303,8 +303,8 @@ def iso_cts(
   Leaves that are no matrix, and vectors of singular values that are zero or
   that depend on each other, are treated as in `iso_c` and `tsv_merge`.
 
-  Scales may be differentiated, models may not where singular values are equal
-  or zero: the derivatives of singular vectors are infinite there.
+  Scales may be differentiated, models and weights may not: the singular values
+  of orthonormal vectors are equal, and the derivatives infinite there.
 
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.

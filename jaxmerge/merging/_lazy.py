@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
@@ -36,7 +36,9 @@ def read_leaf(leaf: Any, name: str, owner: str) -> Any:
   """What a leaf holds: a lazy one is read, anything else returned as it is."""
   if isinstance(leaf, jax.Array) or not hasattr(leaf, "shape"):
     return leaf
-  value = leaf.read() if isinstance(leaf, LazyLeaf) else np.asarray(leaf)
+  value = leaf.read() if isinstance(leaf, LazyLeaf) else leaf
+  if not isinstance(value, jax.Array):
+    value = np.asarray(value)
   if tuple(value.shape) != tuple(leaf.shape) or value.dtype != leaf.dtype:
     raise tree.TreeMismatchError(
       f"leaf '{name}' of {owner} was announced as"
@@ -44,5 +46,15 @@ def read_leaf(leaf: Any, name: str, owner: str) -> Any:
       f" {tuple(leaf.shape)} but read as {value.dtype} of shape"
       f" {tuple(value.shape)}; is the checkpoint damaged?"
     )
-  # Of what is only passed on, all 64 bits are kept.
-  return jnp.asarray(value) if tree.is_float(value) else value
+  # As it is: of what is only passed on, all 64 bits are kept.
+  return value
+
+
+def check_names(names: Sequence[str]) -> None:
+  """Raises if two leaves have one name."""
+  for name, number in collections.Counter(names).items():
+    if number > 1:
+      raise ValueError(
+        f"two leaves are named '{name}'; rename one: here they are told apart"
+        " by their names"
+      )

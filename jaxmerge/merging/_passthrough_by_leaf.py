@@ -40,8 +40,8 @@ def leaves(
     dtype: Likewise.
     **options: Likewise.
 
-  Yields:
-    Name and value of each leaf of the result.
+  Returns:
+    Iterator of the name and value of each leaf of the result.
   """
   unread = [
     tree.map_with_name(functools.partial(_wait, owner=f"model {i}"), params)
@@ -51,11 +51,15 @@ def leaves(
   result = _passthrough.passthrough(
     unread, slices, allow_nonfinite=True, **options
   )
-  for name, leaf in zip(
-    tree.leaf_names(result), jax.tree.leaves(result), strict=True
-  ):
-    value = {name: leaf.read() if isinstance(leaf, _lazy.LazyLeaf) else leaf}
-    if not allow_nonfinite:
-      merged = _leaves.merged_leaves(value, None)
-      _leaves.check_finite([value], ["the result"], merged)
-    yield name, _leaves.rebuild(value, [], [], dtype)[name]
+  names = tree.leaf_names(result)
+  _lazy.check_names(names)
+
+  def values() -> Iterator[tuple[str, Array]]:
+    for name, leaf in zip(names, jax.tree.leaves(result), strict=True):
+      value = {name: leaf.read() if isinstance(leaf, _lazy.LazyLeaf) else leaf}
+      if not allow_nonfinite:
+        merged = _leaves.merged_leaves(value, None)
+        _leaves.check_finite([value], ["the result"], merged)
+      yield name, _leaves.rebuild(value, [], [], dtype)[name]
+
+  return values()

@@ -89,6 +89,7 @@ class _Entry(NamedTuple):
     method: The function that makes the `MergeMethod`.
     needs_base: A flag, or a function of the options.
     leafwise: Likewise.
+    min_models: A number, or a function of the options.
     divides: Whether weights are divided by their sum; likewise.
   """
 
@@ -101,7 +102,7 @@ class _Entry(NamedTuple):
   needs_weights: bool = False
   takes_weights: bool = True
   statistics: str | None = None
-  min_models: int = 1
+  min_models: int | Callable[[Mapping[str, Any]], int] = 1
   max_models: int | None = None
 
 
@@ -136,6 +137,7 @@ _ENTRIES: dict[str, _Entry] = {
     _consensus.consensus_method,
     leafwise=lambda options: options["multi_task"] != "ties",
     streams=False,
+    min_models=lambda options: max(1, options["min_tasks"]),
   ),
   "dare": _Entry(_dare.dare, _dare.dare_method),
   "della": _Entry(_della.della, _della.della_method),
@@ -443,7 +445,11 @@ def info(name: str, **options: Any) -> MethodInfo:
     statistics=entry.statistics,
     leafwise=_flag(entry.leafwise, given),
     streams=entry.streams,
-    min_models=entry.min_models,
+    min_models=(
+      entry.min_models(given)
+      if callable(entry.min_models)
+      else entry.min_models
+    ),
     max_models=entry.max_models,
   )
 

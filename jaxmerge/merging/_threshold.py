@@ -18,30 +18,50 @@ Array = jax.Array
 _DIGIT = 3
 
 
-def keep_count(density: Any, size: int) -> np.uint32:
-  """Number of entries to keep: at least one of a vector that has any.
+def entries_to_keep(density: Any, size: int) -> int:
+  """Number of entries to keep of a vector of any length.
 
   Args:
     density: Fraction to keep, in (0, 1]; known, not traced.
     size: Number of entries.
 
   Returns:
-    `int(density * size)`, at least 1.
+    `int(density * size)`, at least 1 of a vector that has any.
 
   Raises:
-    ValueError: If the density is traced, or the vector too long to count.
+    ValueError: If the density is traced.
+
+  >>> entries_to_keep(0.5, 10**10)
+  5000000000
   """
   if isinstance(density, jax.core.Tracer):
     raise ValueError(
       "density must be a number when entries are kept by magnitude, not a"
       " traced value: how many are kept is counted before compilation"
     )
+  return min(size, max(1, int(float(density) * size)))
+
+
+def keep_count(density: Any, size: int) -> np.uint32:
+  """The same for a vector that is counted in 32 bits.
+
+  Args:
+    density: Fraction to keep, in (0, 1]; known, not traced.
+    size: Number of entries.
+
+  Returns:
+    See `entries_to_keep`.
+
+  Raises:
+    ValueError: If the density is traced, or the vector too long to count.
+  """
+  keep = entries_to_keep(density, size)
   if size > np.iinfo(np.uint32).max:
     raise ValueError(
-      f"a vector of {size} entries is too long to count in 32 bits; trim leaf"
-      " by leaf with scope='leaf'"
+      f"a vector of {size} entries is too long to count in 32 bits in memory;"
+      " merge it leaf by leaf with merge_leaves"
     )
-  return np.uint32(min(size, max(1, int(float(density) * size))))
+  return np.uint32(keep)
 
 
 def magnitude_bits(x: Array, dtype: Any = jnp.uint32) -> Array:

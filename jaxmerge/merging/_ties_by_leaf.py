@@ -125,7 +125,7 @@ def scan(
 
   thresholds: list[Any] = _streamed_threshold.streamed_kth_largest_bits(
     taus,
-    [int(_threshold.keep_count(density, size)) for density in densities],
+    [_threshold.entries_to_keep(density, size) for density in densities],
     dtype,
   )
   if rule.summarize is None:

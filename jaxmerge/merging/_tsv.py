@@ -137,8 +137,8 @@ def tsv_merge(
   is the pseudo-inverse: a task without a change in a leaf does not disturb the
   others, and equal models of rank k give that model.
 
-  Scales may be differentiated, models may not where singular values are equal
-  or zero: the derivatives of singular vectors are infinite there.
+  Scales may be differentiated, models and weights only where singular values
+  differ and are not zero: else singular vectors have no finite derivatives.
 
   Args:
     base: :math:`\theta_0`, the parameters that all models were tuned from.

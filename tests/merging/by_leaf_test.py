@@ -171,16 +171,67 @@ class MergeLeavesTest(parameterized.TestCase):
       np.testing.assert_array_equal(dict(got)["a/kernel"], want["a"]["kernel"])
       for one in lazy:
         self.assertEqual(one.reads["a/kernel"], 1)
+    bad = [*fishers[:1], {**fishers[1], "b": np.full(7, np.nan, np.float32)}]
+    fisher = merging.get("fisher_average")
+    with self.assertRaisesRegex(ValueError, "'b' of Fisher 1 holds NaN"):
+      list(merging.merge_leaves(fisher, None, models, statistics=bad))
+    with self.assertRaisesRegex(ValueError, "Fisher 0 is missing; collect it"):
+      merging.merge_leaves(fisher, None, models, statistics=[None, None])
     with self.assertRaisesRegex(
-      tree.TreeMismatchError, "statistics 0 has an entry for 'c', which is no"
+      tree.TreeMismatchError, "Gram matrices 0 has an entry for 'c', which is"
     ):
       statistics = [{"c": np.eye(6)}] * 2
       next(merging.merge_leaves(method, None, models, statistics=statistics))
 
   def test_all_bits_of_what_is_passed_on(self):
     base = {"w": np.ones(2, np.float32), "n": np.array([2**40, 3], np.int64)}
-    got = dict(merging.merge_leaves(merging.get("magmax"), base, [base]))
+    base["h"] = np.array([1 / 3])
+    method = merging.get("magmax", select="w")
+    got = dict(merging.merge_leaves(method, base, [base]))
     np.testing.assert_array_equal(got["n"], [2**40, 3])
+    self.assertEqual(got["h"][0], 1 / 3)
+    model = {"h_0": np.array([1 / 3])}
+    method = merging.get("passthrough", slices=[(0, 0, 1)])
+    got = dict(merging.merge_leaves(method, None, [model]))
+    self.assertEqual(got["h_0"][0], 1 / 3)
+
+  def test_longer_than_32_bits_count(self):
+    """What is kept of a vector of billions is counted before it is read."""
+
+    class ReadError(Exception):
+      pass
+
+    def read():
+      raise ReadError
+
+    big = {"w": merging.LazyLeaf((70_000, 70_000), np.float32, read)}
+    with self.assertRaises(ReadError):
+      next(merging.merge_leaves(merging.get("ties"), big, [big]))
+
+  @parameterized.parameters(
+    ("ties", {"scope": "leaf", "density": [0.2, 0.3, 0.4]}, "density"),
+    ("ties", {"density": [0.2, 0.3, 0.4]}, "densities"),
+    ("ema", {"decay": [0.2, 0.3, 0.4]}, "decay"),
+  )
+  def test_too_many_values(self, name, options, what):
+    trees = [_params(seed) for seed in range(3)]
+    method = merging.get(name, **options)
+    with self.assertRaisesRegex(ValueError, f"got 3 .*{what}.* for 2 models"):
+      list(merging.merge_leaves(method, trees[0], trees[1:]))
+
+  @parameterized.parameters(
+    ("ties", {"scope": "leaf", "density": 0.0}, "density must lie"),
+    ("magmax", {"dtype": np.int32}, "dtype must be floating-point"),
+    ("consensus", {"min_tasks": 5}, "consensus takes at least 5 models"),
+    ("tsv_merge", {"rank_fraction": 7}, "rank_fraction must lie"),
+    ("passthrough", {"slices": [(0, 5, 6)]}, "no layer"),
+  )
+  def test_options_before_reading(self, name, options, message):
+    nothing = merging.LazyLeaf((2,), np.float32, lambda: self.fail("read"))
+    params = {"h_0": nothing}
+    with self.assertRaisesRegex(ValueError, message):
+      method = merging.get(name, **options)
+      merging.merge_leaves(method, params, [params, params])
 
   @parameterized.parameters(
     ("magmax", {"dtype": None, "select": None}),
@@ -216,6 +267,29 @@ class MergeLeavesTest(parameterized.TestCase):
       next(
         merging.merge_leaves(merging.get("ties", density=2.0), base, [model])
       )
+
+  def test_errors_at_once(self):
+    """What is wrong is said before the first leaf is asked for."""
+    base, model = _params(0), _params(1)
+    for method, given, message in (
+      (merging.get("ties", scope="layer"), [model], "scope must be one of"),
+      (merging.get("magmax"), [], "models is empty"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        merging.merge_leaves(method, base, given)
+    twice = {"a/k": np.ones(2), "a": {"k": np.ones(2)}, "h_0": np.ones(2)}
+    for method in (
+      merging.get("magmax"),
+      merging.get("passthrough", slices=[(0, 0, 1)]),
+    ):
+      with self.assertRaisesRegex(ValueError, "two leaves are named 'a/k'"):
+        merging.merge_leaves(method, twice, [twice])
+    method = merging.get("weighted_average")
+    with self.assertRaisesRegex(ValueError, "weights sum to 0 for leaf 'a/"):
+      merging.merge_leaves(method, None, [model] * 2, weights=[1, -1])
+    bad = {**model, "b": np.full(7, np.nan, np.float32)}
+    with self.assertRaisesRegex(ValueError, "'b' of model 0 holds NaN"):
+      list(merging.merge_leaves(merging.get("average"), None, [bad]))
 
 
 class StreamedThresholdTest(parameterized.TestCase):

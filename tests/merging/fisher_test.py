@@ -228,6 +228,14 @@ class DiagonalFisherTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       merging.diagonal_fisher(logits, PARAMS, [batch], **options)
 
+  @parameterized.parameters(-1, 9)
+  def test_labels_of_every_batch(self, label):
+    """The second batch of a shape is looked at as well."""
+    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8].copy())]
+    batches[1][1][2] = label
+    with self.assertRaisesRegex(ValueError, f"batch 1 has {label}"):
+      merging.diagonal_fisher(logits, PARAMS, batches, labels="empirical")
+
   def test_errors_of_outputs(self):
     with self.assertRaisesRegex(ValueError, r"shape \(11, ..., classes\)"):
       merging.diagonal_fisher(lambda p, x: logits(p, x)[:, 0], PARAMS, [X])

@@ -38,6 +38,8 @@ class RegistryTest(parameterized.TestCase):
     self.assertFalse(merging.info("multislerp").needs_base)
     self.assertTrue(merging.info("multislerp", task_vectors=True).needs_base)
     self.assertEqual(merging.info("slerp").max_models, 2)
+    self.assertEqual(merging.info("consensus").min_models, 2)
+    self.assertEqual(merging.info("consensus", min_tasks=0).min_models, 1)
     self.assertIs(
       merging.info("nearswap").options["t"], inspect.Parameter.empty
     )

@@ -533,6 +533,12 @@ class GramMatricesTest(parameterized.TestCase):
 
     with self.assertRaisesRegex(ValueError, "'w' is used within a scan"):
       merging.gram_matrices(looped, {"w": jnp.ones((2, 4, 4))}, [x])
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = lambda params, x: jax.shard_map(  # noqa: E731
+      lambda w, x: x @ w, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()
+    )(params["w"], x)
+    with self.assertRaisesRegex(ValueError, "'w' is used within a shard_map"):
+      merging.gram_matrices(mapped, {"w": jnp.ones((x.shape[-1], 4))}, [x])
 
 
 class DigitsTest(absltest.TestCase):
