@@ -333,7 +333,10 @@ def _check_logits(program: _Program, tensors: _Tensors) -> None:
 def _initial(
   init: Any, tasks: int, layers: int, clip: tuple[float, float] | None
 ) -> Array:
-  start = jnp.asarray(init, jnp.float32)
+  try:
+    start = jnp.asarray(init, jnp.float32)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"init must be numbers; got {init!r}") from error
   shape = start.shape
   if shape not in ((), (tasks,), (tasks, layers)):
     raise ValueError(
@@ -350,9 +353,26 @@ def _initial(
 
 
 def _positive(value: int, name: str) -> int:
-  if operator.index(value) < 1:
-    raise ValueError(f"{name} must be at least 1; got {value}")
-  return operator.index(value)
+  try:
+    number = operator.index(value)
+  except TypeError:
+    number = 0
+  if number < 1:
+    raise ValueError(f"{name} must be an integer, at least 1; got {value!r}")
+  return number
+
+
+def _check_learning_rate(learning_rate: Any, optimizer: Any) -> None:
+  if optimizer is not None:
+    if not callable(getattr(optimizer, "update", None)):
+      raise ValueError(
+        "optimizer must be an Optax transformation, as optax.adam(1e-3) is;"
+        f" got {optimizer!r}"
+      )
+  elif not callable(learning_rate):
+    if np.ndim(learning_rate):
+      raise ValueError("learning_rate must be one number, or a schedule")
+    _values.check_range(learning_rate, "learning_rate", 0, np.inf)
 
 
 def _bounds(clip: Any) -> tuple[float, float] | None:
@@ -471,10 +491,7 @@ def adamerging(
   _leaves.check_shared(options, "adamerging")
   clip = _bounds(clip)
   _values.check_key(key)
-  if optimizer is None and not callable(learning_rate):
-    if np.ndim(learning_rate):
-      raise ValueError("learning_rate must be one number, or a schedule")
-    _values.check_range(learning_rate, "learning_rate", 0, np.inf)
+  _check_learning_rate(learning_rate, optimizer)
   select = options.get("select")
   parts = _leaves.take_apart(
     base,
@@ -522,6 +539,8 @@ def adamerging(
     examples,
   )
   if density is not None:
+    if np.ndim(density):
+      raise ValueError("density must be one number, or None")
     _values.check_range(density, "density", 0, 1, open_low=True)
     for leaf, one in zip(parts.merged, tensors.bases, strict=True):
       if jnp.iscomplexobj(one):

@@ -118,9 +118,17 @@ def _rule(normalize: str | None) -> _leafwise.LeafRule:
   )
 
 
+# So much above the largest Fisher is left for sums and weights.
+_HEADROOM = 2.0**20
+
+
 @jax.jit
-def _extremes(fisher: Array) -> tuple[Array, Array]:
-  return jnp.isfinite(fisher).all(), jnp.min(fisher, initial=0) >= 0
+def _extremes(fisher: Array) -> tuple[Array, Array, Array]:
+  return (
+    jnp.isfinite(fisher).all(),
+    jnp.min(fisher, initial=0) >= 0,
+    jnp.max(fisher, initial=0),
+  )
 
 
 def _read(
@@ -141,8 +149,10 @@ def _read(
       )
     if not _values.is_traced(fisher) and np.size(fisher):
       with jax.ensure_compile_time_eval():
-        flags.append((*_extremes(fisher), leaf.name))
-  for is_finite, is_positive, leaf_name in flags:
+        dtype = tree.accumulation_dtype(jax.tree.leaves(base)[leaf.place])
+        limit = float(jnp.finfo(dtype).max) / _HEADROOM
+        flags.append((*_extremes(fisher), limit, leaf.name))
+  for is_finite, is_positive, largest, limit, leaf_name in flags:
     if not is_finite and not allow_nonfinite:
       raise ValueError(
         f"leaf '{leaf_name}' of {names[1]} holds NaN or infinity; mend it, or"
@@ -152,6 +162,12 @@ def _read(
       raise ValueError(
         f"leaf '{leaf_name}' of {names[1]} is negative somewhere; a Fisher is a"
         " mean of squares"
+      )
+    if is_finite and not largest <= limit:
+      raise ValueError(
+        f"leaf '{leaf_name}' of {names[1]} is {largest:.3g} somewhere, and sums"
+        f" above {limit:.3g} may overflow; divide the Fishers of all models by"
+        " one number"
       )
   return fishers
 

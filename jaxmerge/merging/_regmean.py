@@ -138,15 +138,31 @@ def _rule() -> _leafwise.LeafRule:
 
 
 @jax.jit
-def _is_sound(gram: Array) -> tuple[Array, Array]:
-  return jnp.isfinite(gram).all(), jnp.min(jnp.diagonal(gram).real) >= 0
+def _is_sound(gram: Array) -> tuple[Array, Array, Array]:
+  """Whether a matrix is finite, may be X^T X by its signs, and by its rest."""
+  if not jnp.issubdtype(gram.dtype, jnp.inexact):
+    gram = gram.astype(jnp.float32)
+  eps = jnp.finfo(gram.dtype).eps
+  gram = _leaves.widen(gram)
+  diagonal = jnp.diagonal(gram).real
+  root = jnp.sqrt(jnp.maximum(diagonal, 0))
+  # The rounding of sums of products, in whatever order they were added.
+  slack = 8 * float(eps) ** 0.5
+  # By Cauchy and Schwarz no entry is larger; products of roots stay in range.
+  bound = (1 + slack) * root[:, None] * root[None, :]
+  lopsided = jnp.abs(gram - jnp.conj(gram.T))
+  return (
+    jnp.isfinite(gram).all(),
+    jnp.min(diagonal) >= 0,
+    jnp.all((jnp.abs(gram) <= bound) & (lopsided <= slack * bound)),
+  )
 
 
 def _widths(shape: tuple[int, ...]) -> list[int]:
   """The numbers of inputs that a kernel may have: products of first axes."""
-  return [
-    int(np.prod(shape[: count + 1])) for count in range(max(1, len(shape) - 1))
-  ]
+  products = [int(np.prod(shape[: count + 1])) for count in range(len(shape))]
+  # A kernel that is summed over as a whole has one output.
+  return list(dict.fromkeys(products))
 
 
 def _read(
@@ -184,7 +200,7 @@ def _read(
         )
       if not _values.is_traced(gram):
         with jax.ensure_compile_time_eval():
-          flags.append((*_is_sound(gram), leaf.name))
+          flags.append((*_is_sound(jnp.asarray(gram)), leaf.name))
       entries.append(gram)
     elif gram is not None and not shape:
       raise tree.TreeMismatchError(
@@ -193,7 +209,7 @@ def _read(
       )
     else:
       entries.append(None)
-  for is_finite, is_positive, leaf_name in flags:
+  for is_finite, is_positive, is_gram, leaf_name in flags:
     if not is_finite and not allow_nonfinite:
       raise ValueError(
         f"leaf '{leaf_name}' of {names[1]} holds NaN or infinity; mend it, or"
@@ -203,6 +219,12 @@ def _read(
       raise ValueError(
         f"leaf '{leaf_name}' of {names[1]} is negative on its diagonal; a Gram"
         " matrix is X^T X"
+      )
+    if is_finite and not is_gram:
+      raise ValueError(
+        f"leaf '{leaf_name}' of {names[1]} is not symmetric, or larger off its"
+        " diagonal than a Gram matrix X^T X can be; collect it with"
+        " gram_matrices"
       )
   return entries
 

@@ -485,6 +485,7 @@ class FisherAverageTest(parameterized.TestCase):
         merge(fisher, bad)
     for bad, message in (
       ({"w": jnp.asarray([1.0, -1.0])}, "'w' of Fisher 1 is negative"),
+      ({"w": jnp.asarray([1.0, 3e38])}, "'w' of Fisher 1 is 3e\\+38 somewhere"),
       ({"w": jnp.asarray([1.0, jnp.nan])}, "'w' of Fisher 1 holds NaN"),
       ({"w": jnp.ones(2, jnp.complex64)}, "'w' of Fisher 1 is complex"),
       (None, "Fisher 1 is missing.*diagonal_fisher"),

@@ -303,6 +303,8 @@ class RegmeanTest(parameterized.TestCase):
     for bad, message in (
       ({"w": -gram}, "'w' of Gram matrices 0 is negative on its diagonal"),
       ({"w": gram * jnp.nan}, "'w' of Gram matrices 0 holds NaN"),
+      ({"w": jnp.array([[1.0, 2], [2, 1]])}, "larger off its diagonal than a"),
+      ({"w": jnp.array([[1.0, 0.5], [0, 1]])}, "'w' .* is not symmetric"),
       ({"params/w": gram}, "an entry for 'params/w', which is no leaf"),
       (None, "Gram matrices 0 is missing.*gram_matrices"),
       (gram, "must map names of leaves to matrices"),
@@ -324,6 +326,37 @@ class RegmeanTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"ridge must lie in \[0, inf\]"):
       merge({"w": gram}, ridge=-1.0)
     merge({"w": gram * jnp.nan}, allow_nonfinite=True)
+
+  def test_rounded_grams(self):
+    # What summing in half precision leaves of a matrix of rank one passes.
+    rows = np.random.RandomState(0).normal(size=(1, 64)).astype(np.float32)
+    gram = jnp.asarray(rows.T @ rows)
+    model = {"w": jnp.ones((64, 2))}
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+      grams = [{"w": gram.astype(dtype)}] * 2
+      got = merging.regmean([model, model], grams)
+      chex.assert_trees_all_close(got, model, rtol=1e-5)
+    merging.regmean([model], [{"w": jnp.eye(64, dtype=jnp.int32)}])
+
+  def test_kernel_with_one_output(self):
+    # The axis of length 1 comes first, yet it is that of the output.
+    rng = np.random.RandomState(0)
+    models = [
+      {"w": rng.normal(size=(1, 5)).astype(np.float32)} for _ in range(2)
+    ]
+    xs = [rng.normal(size=(9, 5)).astype(np.float32) for _ in range(2)]
+    fn = lambda params, x: jnp.einsum("ni,oi->no", x, params["w"])  # noqa: E731
+    grams = [
+      merging.gram_matrices(fn, model, [x], reduction="sum")
+      for model, x in zip(models, xs, strict=True)
+    ]
+    got = merging.regmean(models, grams, alpha=1.0, ridge=0.0)["w"]
+    stacked = np.concatenate(xs).astype(np.float64)
+    targets = np.concatenate(
+      [x @ model["w"][0] for x, model in zip(xs, models, strict=True)]
+    )
+    want = np.linalg.lstsq(stacked, targets, rcond=None)[0]
+    np.testing.assert_allclose(got[0], want, rtol=1e-4)
 
   def test_errors_of_the_method(self):
     model, gram = {"w": jnp.ones((2, 3))}, {"w": jnp.eye(2)}
