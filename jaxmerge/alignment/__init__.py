@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from jaxmerge.alignment._check_spec import check
+from jaxmerge.alignment._derive_spec import derive_spec
 from jaxmerge.alignment._exact import exact_plan
 from jaxmerge.alignment._ground_cost import squared_distances
 from jaxmerge.alignment._ot_fusion import AlignmentInfo, align_mlp, ot_fusion
 from jaxmerge.alignment._permute import permute_mlp
 from jaxmerge.alignment._plan import TransportPlan
 from jaxmerge.alignment._sinkhorn import sinkhorn_plan
+from jaxmerge.alignment._spec import (
+  Axis,
+  PermutationSpec,
+  SpecError,
+  apply_permutations,
+  group_sizes,
+  identity_permutations,
+  random_permutations,
+)
 
 __all__ = (
   "AlignmentInfo",
+  "Axis",
+  "PermutationSpec",
+  "SpecError",
   "TransportPlan",
   "align_mlp",
+  "apply_permutations",
+  "check",
+  "derive_spec",
   "exact_plan",
+  "group_sizes",
+  "identity_permutations",
   "ot_fusion",
   "permute_mlp",
+  "random_permutations",
   "sinkhorn_plan",
   "squared_distances",
 )
