@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
+from experiments import _classify
 from experiments.configs import mpf as mpf_config
 from jaxmerge import curves, models, training
 from jaxmerge import data as data_lib
@@ -222,10 +222,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   sizes = {name: rows.shape[1] for name, rows in parts.items()}
   sizes["test"] = len(test_labels)
 
-  mean, std = data_lib.normalization(config.dataset, data_dir=data_dir)
-  # Integer images count 0..255.
-  largest = 255 if np.issubdtype(images.dtype, np.integer) else 1
-  factor, shift = 1 / (largest * std), -mean / std
+  normalize = _classify.normalizer(config.dataset, images, data_dir)
   model = models.get(
     config.network,
     num_classes=train.num_classes,
@@ -234,26 +231,15 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   )
 
   def logits(params: PyTree, images: jax.Array) -> jax.Array:
-    scale, offset = (
-      jnp.asarray(value, jnp.float32).reshape(1, 1, 1, -1)
-      for value in (factor, shift)
-    )
-    images = images.astype(jnp.float32) * scale + offset
+    images = normalize(images)
     return jnp.asarray(model.apply({"params": params}, images))
 
-  def metrics(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    hits = outputs.argmax(axis=-1).astype(labels.dtype) == labels
-    return {
-      "loss": optax.softmax_cross_entropy_with_integer_labels(outputs, labels),
-      "accuracy": hits.astype(jnp.float32),
-    }
-
   def metric_fn(params: PyTree, batch: PyTree) -> PyTree:
-    return metrics(logits(params, batch["image"]), batch["label"])
+    return _classify.metrics(logits(params, batch["image"]), batch["label"])
 
   def ensemble_fn(pair: PyTree, batch: PyTree) -> PyTree:
     first, second = (logits(params, batch["image"]) for params in pair)
-    return metrics((first + second) / 2, batch["label"])
+    return _classify.metrics((first + second) / 2, batch["label"])
 
   def loss_fn(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
     del key  # The networks are deterministic.
