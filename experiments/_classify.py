@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import optax
 
 from jaxmerge import data as data_lib
+
+PyTree = Any
 
 
 def normalizer(
@@ -38,6 +41,37 @@ def normalizer(
     return images.astype(jnp.float32) * scale + offset
 
   return normalize
+
+
+def augmentation(
+  padding: int, flip: bool
+) -> Callable[[jax.Array, PyTree], PyTree] | None:
+  """Random crop, then random horizontal flip, of one example.
+
+  Args:
+    padding: how many pixels an image is padded by before the crop; 0 for none.
+    flip: whether images are flipped.
+
+  Returns:
+    `transform(key, example)` as `training.train` takes it, or None.
+  """
+  if not (padding or flip):
+    return None
+
+  def transform(key: jax.Array, example: PyTree) -> PyTree:
+    crop_key, flip_key = jax.random.split(key)
+    image = example["image"]
+    if padding:
+      offset = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
+      margin = ((padding, padding), (padding, padding), (0, 0))
+      image = jax.lax.dynamic_slice(
+        jnp.pad(image, margin), (offset[0], offset[1], 0), image.shape
+      )
+    if flip:
+      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    return {**example, "image": image}
+
+  return transform
 
 
 def metrics(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

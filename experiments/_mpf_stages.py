@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments import _mpf_study, _workdir
-from jaxmerge import alignment, checkpoints, curves, merging, training
+from experiments import _mpf_study, _stage
+from jaxmerge import alignment, curves, merging, training
 
 PyTree = Any
 Networks = dict[str, PyTree]
@@ -275,37 +273,20 @@ def run_stage(
   """
   if name == "ensemble":
     return stage.make(Run(study, networks, study.keys(stage.number), {}))
-  with checkpoints.Store(workdir / "networks" / name, max_to_keep=1) as done:
-    found = done.restore(_like(name, study))
-    if found is not None:
-      shutil.rmtree(workdir / "training" / name, ignore_errors=True)
-      return jax.tree.map(jnp.asarray, found[1]), found[2]
-    log = _workdir.MetricsLog(workdir)
-    log.begin(name)
-    seconds: list[float] = []
 
-    def on_epoch(record: dict[str, Any]) -> None:
-      seconds.append(record["seconds"])
-      log.add(name, record)
+  def make(options: dict[str, Any]) -> tuple[PyTree, Meta]:
+    options |= {
+      "batch_size": study.config.batch_size,
+      "seed_axis": True,
+      "transform": study.transform,
+    }
+    return stage.make(Run(study, networks, study.keys(stage.number), options))
 
-    folder = workdir / "training" / name
-    begin = time.perf_counter()
-    with checkpoints.Store(folder) as states:
-      options = {
-        "batch_size": study.config.batch_size,
-        "seed_axis": True,
-        "transform": study.transform,
-        "checkpoints": states,
-        "checkpoint_every": study.config.checkpoint_every,
-        "on_epoch": on_epoch,
-        "progress": f"{name:13}" if progress else None,
-      }
-      tree, meta = stage.make(
-        Run(study, networks, study.keys(stage.number), options)
-      )
-    # Training is timed by its epochs, which a resumed run has kept.
-    meta["seconds"] = sum(seconds) or time.perf_counter() - begin
-    done.save(0, tree, meta)
-    done.wait()
-  shutil.rmtree(folder, ignore_errors=True)
-  return tree, meta
+  return _stage.run(
+    name,
+    make,
+    _like(name, study),
+    workdir,
+    checkpoint_every=study.config.checkpoint_every,
+    progress=progress,
+  )

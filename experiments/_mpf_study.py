@@ -135,30 +135,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     raise ValueError("crop_padding must not be negative.")
 
 
-def _transform(
-  config: ml_collections.ConfigDict,
-) -> Callable[[jax.Array, PyTree], PyTree] | None:
-  """Random crop, then random horizontal flip, of one example."""
-  padding, flip = config.crop_padding, config.flip
-  if not (padding or flip):
-    return None
-
-  def transform(key: jax.Array, example: PyTree) -> PyTree:
-    crop_key, flip_key = jax.random.split(key)
-    image = example["image"]
-    if padding:
-      offset = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
-      margin = ((padding, padding), (padding, padding), (0, 0))
-      image = jax.lax.dynamic_slice(
-        jnp.pad(image, margin), (offset[0], offset[1], 0), image.shape
-      )
-    if flip:
-      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    return {**example, "image": image}
-
-  return transform
-
-
 def _parts(
   config: ml_collections.ConfigDict, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -262,5 +238,5 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
     loss_fn=loss_fn,
     metric_fn=metric_fn,
     ensemble_fn=ensemble_fn,
-    transform=_transform(config),
+    transform=_classify.augmentation(config.crop_padding, config.flip),
   )

@@ -20,6 +20,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from experiments import (
+  _classify,
   _cli,
   _mpf_report,
   _mpf_stages,
@@ -158,7 +159,7 @@ class RunTest(_Workdir):
 class AugmentationTest(_Workdir):
   def test_flip_and_crop(self):
     config = _config(flip=True, crop_padding=1)
-    transform = _mpf_study._transform(config)
+    transform = _classify.augmentation(config.crop_padding, config.flip)
     image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     crops = [
@@ -176,7 +177,7 @@ class AugmentationTest(_Workdir):
     self.assertLen(seen, 18)
 
   def test_none(self):
-    self.assertIsNone(_mpf_study._transform(_config()))
+    self.assertIsNone(_classify.augmentation(0, False))
 
 
 class ResumeTest(_Workdir):

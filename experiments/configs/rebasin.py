@@ -1,0 +1,96 @@
+"""Barriers between networks trained apart, before and after alignment.
+
+    python -m experiments.rebasin --workdir=runs/rebasin-mnist \
+      --config=experiments/configs/rebasin.py:mnist-mlp512
+
+The variant is `<dataset>-<net>[-smoke]`: `net` is a name that
+`jaxmerge.models.names` knows, such as mlp512 (3 x 512 with biases) or resnet20;
+`smoke` is a run of seconds.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+#: Ways to bring the second network into the order of the first.
+METHODS = (
+  "naive",
+  "random",
+  "weights",
+  "activations",
+  "ot_weights",
+  "ot_activations",
+  "sinkhorn",
+  "straight_through",
+)
+
+
+def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
+  """Returns the configuration of a variant, see the module.
+
+  Args:
+    variant: `<dataset>-<net>[-smoke]`.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: the variant is not of that form.
+  """
+  parts = variant.split("-")
+  flavour = parts[2] if len(parts) == 3 else ""
+  if len(parts) not in (2, 3) or flavour not in ("", "smoke"):
+    raise ValueError(
+      f"Unknown variant {variant!r}. The form is <dataset>-<net>[-smoke], for "
+      "instance mnist-mlp512."
+    )
+  config = ml_collections.ConfigDict()
+  config.dataset, config.network = parts[:2]
+  # Each seed is a pair of networks, trained from different random numbers.
+  config.seeds = (0, 1, 2)
+  # A barrier is a property of the optimiser and of its learning rate.
+  config.learning_rates = (0.1, 0.01, 0.001)
+  # The rate falls linearly to this fraction of it, see `training.sgd`.
+  config.final_fraction = 1e-3
+  config.momentum = 0.9
+  config.weight_decay = 0.0
+  config.epochs = 10
+  config.batch_size = 128
+  # Random crop after padding by so many pixels, and horizontal flips.
+  config.crop_padding = 0
+  config.flip = False
+  config.methods = METHODS
+  # Weight matching: random starts besides the identity.
+  config.restarts = 1
+  # Steps of the straight-through estimator.
+  config.straight_through_steps = 200
+  config.straight_through_rate = 0.01
+  # Training examples: for activations and REPAIR, and for the train loss.
+  config.matching_examples = 2_000
+  config.repair_examples = 5_000
+  config.profile_examples = 10_000
+  config.profile_points = 11
+  config.repair = True
+  # Number of devices; 0 for all.
+  config.devices = 0
+  config.checkpoint_every = 1
+
+  if config.network.startswith("resnet"):
+    config.learning_rates = (0.1,)
+    config.seeds = (0,)
+    config.weight_decay = 5e-4
+    config.crop_padding, config.flip = 4, True
+    config.methods = METHODS[:4]
+  elif config.dataset == "cifar10":
+    config.learning_rates = (0.1, 0.01)
+  if config.dataset == "digits":
+    config.batch_size = 64
+  if flavour == "smoke":
+    config.seeds = (0, 1)
+    config.learning_rates = (0.1,)
+    config.epochs = 2
+    config.straight_through_steps = 5
+    config.profile_points = 3
+    config.matching_examples = config.repair_examples = 200
+    config.profile_examples = 200
+  return config
