@@ -68,10 +68,10 @@ class Study:
 
 def check_config(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError where a field is out of its range."""
-  if config.network not in models.names():
+  if config.network not in models.names(models.MLP):
     raise ValueError(
       f"Unknown network {config.network!r}. Choose one of "
-      f"{', '.join(models.names())}."
+      f"{', '.join(models.names(models.MLP))}."
     )
   for name, known in (
     ("recipe", RECIPES),

@@ -1,10 +1,27 @@
 """Flax linen modules of the experiments, by name.
 
 * `MLP`: a fully connected ReLU network.
+* `CNN`, `VGG`, `ResNet`: convolutional networks with batch, group, layer or
+  no normalisation; `BatchNorm` is their batch normalisation.
+* `ViT`: a vision transformer.
 * `get`, `names`: the registry of named networks.
 """
 
+from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
+from jaxmerge.models._norms import BatchNorm
 from jaxmerge.models._registry import get, names
+from jaxmerge.models._resnet import ResNet
+from jaxmerge.models._vgg import VGG
+from jaxmerge.models._vit import ViT
 
-__all__ = ["MLP", "get", "names"]
+__all__ = [
+  "CNN",
+  "MLP",
+  "VGG",
+  "BatchNorm",
+  "ResNet",
+  "ViT",
+  "get",
+  "names",
+]

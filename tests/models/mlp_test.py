@@ -134,7 +134,12 @@ class RegistryTest(parameterized.TestCase):
     self.assertFalse(model.use_bias)
 
   def test_names(self):
-    self.assertEqual(models.names(), ("mlpnet", "mlplarge", "mlphuge"))
+    self.assertEqual(
+      models.names(models.MLP), ("mlpnet", "mlplarge", "mlphuge", "mlp512")
+    )
+    self.assertContainsSubset(
+      ("cnn", "vgg11", "resnet20", "vit-tiny"), models.names()
+    )
 
   def test_unknown_name_lists_the_known(self):
     with self.assertRaisesRegex(
