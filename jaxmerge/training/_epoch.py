@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmerge import tree as tree_lib
 from jaxmerge.training import _state
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
 
-#: `loss_fn(params, context) -> losses` or `(losses, metrics)`.
+#: `loss_fn(params, context) -> losses` or `(losses, metrics)`; in a run with
+#: a state `(losses, metrics, new_state)`.
 ContextLoss = Callable[[PyTree, _state.Context], Any]
 
 #: `transform(key, example) -> example`, for one example.
@@ -104,6 +106,40 @@ def _weighted_mean(
   return (values * weights).sum() / values.shape[0] * share
 
 
+def _split_output(
+  output: Any, state: PyTree
+) -> tuple[jax.Array, Metrics, PyTree]:
+  """Takes apart what a loss returns in a run with this state."""
+  parts = output if isinstance(output, tuple) else (output,)
+  if state is None:
+    if len(parts) > 2:
+      raise ValueError(
+        f"The loss returned {len(parts)} values, but the run has no state. "
+        "Return the losses, alone or with metrics, or give state=..."
+      )
+    losses, metrics = parts if len(parts) == 2 else (parts[0], {})
+    return losses, metrics, None
+  if len(parts) != 3:
+    raise ValueError(
+      f"The loss returned {len(parts)} of 3 values: in a run with a state it "
+      "returns (losses, metrics, new_state); metrics may be {}."
+    )
+  tree_lib.check_match(state, parts[2], names=("state", "the loss's new state"))
+  return parts
+
+
+def _mean_state(state: PyTree) -> PyTree:
+  """The mean over devices; counters are the same on all of them."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.lax.pmean(leaf, _state.DEVICE_AXIS)
+      if tree_lib.is_float(leaf)
+      else leaf
+    ),
+    state,
+  )
+
+
 def run_step(
   loss_fn: ContextLoss,
   optimizer: optax.GradientTransformation,
@@ -154,29 +190,40 @@ def run_step(
     keys = jax.random.split(jax.random.fold_in(key, 1), rows.shape[0])
     context = context._replace(batch=jax.vmap(transform)(mine(keys), batch))
   weights = mine(jnp.arange(rows.shape[0]) < size) if padded else None
+  context = context._replace(state=state.state, weights=weights)
   # Shares that hold padding count less; the mean over devices is then the
   # mean over the real examples.
   scale = rows.shape[0] / size
 
-  def mean_loss(params: PyTree) -> tuple[jax.Array, Metrics]:
-    output = loss_fn(params, context)
-    losses, metrics = output if isinstance(output, tuple) else (output, {})
+  def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+    losses, metrics, new_state = _split_output(
+      loss_fn(params, context), state.state
+    )
     if "loss" in metrics:
       raise ValueError(
         'A metric must not be named "loss": choose another name.'
       )
     reduce = functools.partial(_weighted_mean, weights=weights, share=scale)
     loss = reduce(losses)
-    return loss, {"loss": loss, **jax.tree.map(reduce, metrics)}
+    return loss, (
+      {"loss": loss, **jax.tree.map(reduce, metrics)},
+      new_state,
+    )
 
-  gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+  gradients, (metrics, new_state) = jax.grad(mean_loss, has_aux=True)(
+    state.params
+  )
   if devices > 1:
     gradients, metrics = jax.lax.pmean((gradients, metrics), _state.DEVICE_AXIS)
+    new_state = _mean_state(new_state)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  return _state.TrainState(params, opt_state, state.step + 1), metrics
+  return (
+    _state.TrainState(params, opt_state, state.step + 1, new_state),
+    metrics,
+  )
 
 
 def run_epoch(
@@ -244,7 +291,11 @@ def run_epoch(
       lambda many, one: jnp.concatenate([many, one[None]]), metrics, last
     )
   # The last update can spoil the parameters behind a finite loss.
-  good = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+  good = [
+    jnp.isfinite(leaf).all()
+    for leaf in jax.tree.leaves((state.params, state.state))
+    if tree_lib.is_float(leaf)
+  ]
   metrics["loss"] = (
     metrics["loss"]
     .at[-1]
@@ -294,7 +345,7 @@ def compile_epoch(
   Args:
     loss_fn: `loss_fn(params, context)` returns one loss an example, shape
       `[examples]`, or a scalar mean, alone or with a dictionary of metrics
-      of the same form.
+      of the same form; with a state, see `train`.
     optimizer: an Optax optimizer.
     plan: how the epoch is cut into steps.
     devices: the devices that share each batch.

@@ -45,11 +45,13 @@ class TrainResult(NamedTuple):
     history: one record an epoch: `epoch`, `step`, `learning_rate`, `seconds`,
       `examples_per_second`, and the mean of every metric over the epoch, a
       list with one entry a seed.
+    state: the last state of a run that has one, see `train`; else None.
   """
 
   params: PyTree
   steps: int
   history: list[Record]
+  state: PyTree = None
 
 
 def _num_examples(data: PyTree, axis: int) -> int:
@@ -119,6 +121,7 @@ def train(
   batch_size: int,
   keys: jax.Array,
   frozen: PyTree = None,
+  state: PyTree = None,
   indices: Any = None,
   transform: _epoch.Transform | None = None,
   draw: _epoch.Draw | None = None,
@@ -140,7 +143,8 @@ def train(
   Args:
     loss_fn: `loss_fn(params, context)` with a `Context`; returns one loss an
       example, shape `[examples]`, or their mean, alone or with a dictionary
-      of metrics of the same form.
+      of metrics of the same form. With `state`, it returns
+      `(losses, metrics, new_state)`.
     params: floating-point leaves with a leading axis of seeds.
     data: pytree of arrays `[examples, ...]`, or a `Replicated`.
     optimizer: an `Optimizer`, for instance from `sgd`.
@@ -149,6 +153,13 @@ def train(
       last, partial batch of an epoch is used.
     keys: PRNG keys, one a seed.
     frozen: leaves with a leading axis of seeds that are not trained.
+    state: what the loss reads as `context.state` and returns anew in every
+      step, leaves with a leading axis of seeds: the running statistics of
+      batch normalisation, say. It is not trained. After each step its
+      floating-point leaves are averaged over the devices, the others must be
+      the same on all. A layer that takes its statistics over the axis
+      `DEVICE_AXIS`, and `context.weights` as a mask, makes the run the same
+      on any number of devices, as `jaxmerge.models.BatchNorm` does.
     indices: int32 `[seeds, n]`, the rows of `data` that each seed trains on
       (one seed: `[1, n]`); None for all.
     transform: `transform(key, example) -> example`, augmentation on the
@@ -165,9 +176,12 @@ def train(
     progress: label of a progress bar, None for none.
 
   Returns:
-    The trained parameters (with the axis of seeds), and the history.
+    The trained parameters and the state (with the axis of seeds), and the
+    history.
 
   Raises:
+    TreeMismatchError: the loss's new state differs from the old one in
+      structure, shape or dtype.
     ValueError: sizes that do not fit; nothing has been computed then.
     NonFiniteLossError: a loss became NaN or infinite.
 
@@ -214,7 +228,9 @@ def train(
     return _devices.replicate(tree, chosen).value
 
   opt_state = jax.vmap(optimizer.transformation.init)(params)
-  state = _state.TrainState(params, opt_state, jnp.zeros(seeds, jnp.int32))
+  run_state = _state.TrainState(
+    params, opt_state, jnp.zeros(seeds, jnp.int32), state
+  )
   history: list[Record] = []
   identity = {
     "examples": plan.examples,
@@ -222,9 +238,9 @@ def train(
     "keys": jax.device_get(_key_data(keys)).tolist(),
   }
   if checkpoints is not None:
-    found = checkpoints.restore(state)
+    found = checkpoints.restore(run_state)
     if found is not None:
-      _, state, metadata = found
+      _, run_state, metadata = found
       history = metadata["history"]
       if metadata["run"] != identity or len(history) > epochs:
         raise ValueError(
@@ -245,7 +261,7 @@ def train(
   if on_epoch is not None:
     for record in history:
       on_epoch(record)
-  state, frozen, rows, keys = place((state, frozen, indices, keys))
+  run_state, frozen, rows, keys = place((run_state, frozen, indices, keys))
   with tqdm.tqdm(
     total=epochs * seeds * plan.examples,
     initial=done * seeds * plan.examples,
@@ -257,7 +273,7 @@ def train(
     for epoch in range(done, epochs):
       start = time.perf_counter()
       with jax.transfer_guard("disallow"):
-        state, metrics = run(state, frozen, rows, keys, data.value)
+        run_state, metrics = run(run_state, frozen, rows, keys, data.value)
       host = _devices.first_replica(metrics)
       first_step = epoch * plan.steps
       _check_finite(host["loss"], first_step, optimizer)
@@ -269,7 +285,7 @@ def train(
         last or (epoch + 1) % checkpoint_every == 0
       ):
         # A copy: the next epoch reuses the buffers of the donated state.
-        copy = jax.tree.map(np.array, _devices.first_replica(state))
+        copy = jax.tree.map(np.array, _devices.first_replica(run_state))
         checkpoints.save(
           history[-1]["step"],
           copy,
@@ -288,21 +304,34 @@ def train(
       bar.update(seeds * plan.examples)
   if checkpoints is not None:
     checkpoints.wait()
-  params = jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], state.params)
-  return TrainResult(params, epochs * plan.steps, history)
+  params, state = jax.tree.map(
+    lambda leaf: leaf.addressable_data(0)[0],
+    (run_state.params, run_state.state),
+  )
+  return TrainResult(params, epochs * plan.steps, history, state)
 
 
 @functools.lru_cache(maxsize=16)
 def context_loss(loss_fn: Callable[..., Any]) -> _epoch.ContextLoss:
   """Adapts `loss_fn(params, batch, key)` to the low layer's contract.
 
-  The leaves that cannot be trained (integers, say) are expected in
+  In a run with a state the user's loss is `loss_fn(params, state, batch,
+  key)`. The leaves that cannot be trained (integers, say) are expected in
   `context.frozen`.
   """
 
   def loss(params: PyTree, context: _state.Context) -> Any:
     whole = tree_lib.combine(params, context.frozen)
-    return loss_fn(whole, context.batch, context.key)
+    if context.state is None:
+      return loss_fn(whole, context.batch, context.key)
+    if context.weights is not None:
+      raise ValueError(
+        "The last batch of the epoch does not divide over the devices and is "
+        "padded, and the new state would take the padding in. Choose a "
+        "batch_size or indices so that it divides, fewer devices, or "
+        "training.train, whose loss gets the padding as context.weights."
+      )
+    return loss_fn(whole, context.state, context.batch, context.key)
 
   return loss
 
@@ -320,6 +349,7 @@ def fit(
   weight_decay: float = 5e-4,
   epochs: int = 10,
   batch_size: int = 128,
+  state: PyTree = None,
   seed_axis: bool = False,
   **options: Any,
 ) -> TrainResult:
@@ -329,7 +359,8 @@ def fit(
     loss_fn: `loss_fn(params, batch, key)`; `batch` has the structure of
       `data`, `key` is that of the step. Returns one loss an example, shape
       `[examples]`, or their mean, alone or with a dictionary of metrics of
-      the same form.
+      the same form. With `state` it is `loss_fn(params, state, batch, key)`
+      and returns `(losses, metrics, new_state)`.
     params: any pytree. Integer and boolean leaves are passed through.
     data: pytree of arrays `[examples, ...]`, or a `Replicated`.
     key: PRNG key; an array of keys with `seed_axis`.
@@ -340,12 +371,16 @@ def fit(
     weight_decay: its weight decay.
     epochs: number of epochs.
     batch_size: global batch size.
-    seed_axis: every leaf of `params`, and `key`, has a leading axis of seeds
-      that are trained at once.
+    state: pytree of arrays that the loss carries from step to step untrained,
+      such as `batch_stats`; see `train`. The last batch of an epoch must then
+      divide over the devices (on one it does): a padded one would enter the
+      state.
+    seed_axis: every leaf of `params` and `state`, and `key`, has a leading
+      axis of seeds that are trained at once.
     **options: the further options of `train`.
 
   Returns:
-    The trained parameters, the number of steps and the history.
+    The trained parameters, the number of steps, the history and the state.
 
   Raises:
     ValueError: see `train`.
@@ -366,7 +401,9 @@ def fit(
   (2.9, 80)
   """
   if not seed_axis:
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
+    params, state = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf)[None], (params, state)
+    )
     key = key[None]
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, options.get("devices"))
@@ -395,12 +432,13 @@ def fit(
     batch_size=batch_size,
     keys=key,
     frozen=frozen,
+    state=state,
     **options,
   )
-  params = tree_lib.combine(result.params, frozen)
+  params, state = tree_lib.combine(result.params, frozen), result.state
   if not seed_axis:
-    params = jax.tree.map(lambda leaf: leaf[0], params)
-  return result._replace(params=params)
+    params, state = jax.tree.map(lambda leaf: leaf[0], (params, state))
+  return result._replace(params=params, state=state)
 
 
 def default_sgd(

@@ -20,11 +20,14 @@ class TrainState(NamedTuple):
     params: the trained leaves.
     opt_state: state of the Optax optimizer for `params`.
     step: int32 scalar, the number of steps done.
+    state: what the loss carries from step to step untrained, such as the
+      running statistics of batch normalisation; None for nothing.
   """
 
   params: PyTree
   opt_state: PyTree
   step: jax.Array
+  state: PyTree = None
 
 
 class Context(NamedTuple):
@@ -35,9 +38,17 @@ class Context(NamedTuple):
     batch: this device's share of the batch; leaves `[examples, ...]`.
     key: PRNG key of this step, the same on every device.
     drawn: what the run's `draw` function drew for this step.
+    state: what the loss returned in the last step, see `TrainState`.
+    weights: bool `[examples]`, False for the padding of an epoch's last batch
+      where it does not divide over the devices; None where nothing is padded.
+      The losses' means leave the padding out by themselves; whatever else is
+      computed from the whole batch, such as the statistics of batch
+      normalisation, needs it as a mask.
   """
 
   frozen: PyTree
   batch: PyTree
   key: jax.Array
   drawn: PyTree
+  state: PyTree = None
+  weights: jax.Array | None = None
