@@ -1,5 +1,6 @@
 """Low-loss paths between networks: curves, Mode Path Fusion, profiles."""
 
+from jaxmerge.curves._barrier import Barrier, barrier
 from jaxmerge.curves._curve import (
   BezierCurve,
   PolyChain,
@@ -9,18 +10,26 @@ from jaxmerge.curves._curve import (
 )
 from jaxmerge.curves._fit_curve import CurveResult, check_options, fit_curve
 from jaxmerge.curves._mpf import MPFInfo, mode_path_fusion
-from jaxmerge.curves._profile import profile
+from jaxmerge.curves._plane import Plane
+from jaxmerge.curves._plane_values import PlaneValues, plane_values
+from jaxmerge.curves._profile import profile, weight_norms
 
 __all__ = [
+  "Barrier",
   "BezierCurve",
   "CurveResult",
   "MPFInfo",
+  "Plane",
+  "PlaneValues",
   "PolyChain",
+  "barrier",
   "bernstein_weights",
   "check_options",
   "fit_curve",
   "get",
   "hat_weights",
   "mode_path_fusion",
+  "plane_values",
   "profile",
+  "weight_norms",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmerge import tree as tree_lib
-from jaxmerge.training import _state
+from jaxmerge.training import _compile, _state
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -304,29 +304,6 @@ def run_epoch(
   return state, metrics
 
 
-# Where seeds follow each other: a core gains nothing from a batch of small
-# networks, and XLA lays out products without a batch axis better.
-_IN_TURN = frozenset({"cpu"})
-
-# On a CPU XLA hands matrix products to YNNPACK, which at the sizes of small
-# networks takes longer than XLA's own: BUILD_NOTES.md, "Speed".
-_OPTIONS: dict[str, dict[str, str | bool]] = {
-  "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}
-}
-
-
-def _compile(
-  lowered: jax.stages.Lowered, device: jax.Device
-) -> jax.stages.Compiled:
-  """Compiles with the options that XLA's release knows."""
-  try:
-    return lowered.compile(_OPTIONS.get(device.platform))
-  except jax.errors.JaxRuntimeError as error:
-    if "No such compile option" not in str(error):
-      raise
-    return lowered.compile()
-
-
 @functools.lru_cache(maxsize=16)
 def compile_epoch(
   loss_fn: ContextLoss,
@@ -376,7 +353,7 @@ def compile_epoch(
       reset_optimizer,
       data=data,
     )
-    if devices[0].platform in _IN_TURN:
+    if devices[0].platform in _compile.IN_TURN:
       return jax.lax.map(
         lambda seed: one(*seed), (state, frozen, indices, keys)
       )
@@ -388,13 +365,4 @@ def compile_epoch(
     devices=devices,
     donate_argnums=0,
   )
-  executables: dict[Any, Callable[..., tuple[_state.TrainState, Metrics]]] = {}
-
-  def epoch(*args: PyTree) -> tuple[_state.TrainState, Metrics]:
-    leaves, treedef = jax.tree.flatten(args)
-    signature = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    if signature not in executables:
-      executables[signature] = _compile(mapped.lower(*args), devices[0])
-    return executables[signature](*args)
-
-  return epoch
+  return _compile.compile_once(mapped, devices[0])

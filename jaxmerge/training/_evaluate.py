@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.training import _devices, _state
+from jaxmerge.training import _compile, _devices, _state
 
 PyTree = Any
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(
+def _compile_sums(
   metric_fn: Callable[[PyTree, PyTree], PyTree],
   devices: tuple[jax.Device, ...],
   batch_size: int,
+  prepare: Callable[..., PyTree] | None,
 ) -> Callable[..., PyTree]:
   """Compiles the sum of per-example metrics over rows, for all seeds."""
 
-  def one(params: PyTree, data: PyTree, rows: jax.Array) -> PyTree:
+  def over_rows(params: PyTree, data: PyTree, rows: jax.Array) -> PyTree:
     # Each device takes every n-th batch; rows below 0 are padding.
     rows = rows.reshape(-1, len(devices), batch_size)
     mine = rows[:, jax.lax.axis_index(_state.DEVICE_AXIS)]
@@ -42,11 +43,33 @@ def _compile(
       return jax.tree.map(masked, metric_fn(params, batch))
 
     sums = jax.lax.map(body, mine)
-    sums = jax.tree.map(lambda values: values.sum(axis=0), sums)
+    return jax.tree.map(lambda values: values.sum(axis=0), sums)
+
+  def one(
+    params: PyTree, variants: PyTree, data: PyTree, rows: jax.Array
+  ) -> PyTree:
+    if variants is not None and prepare is not None:
+      sums = jax.lax.map(
+        lambda variant: over_rows(prepare(params, variant), data, rows),
+        variants,
+      )
+    else:
+      ready = params if prepare is None else prepare(params)
+      sums = over_rows(ready, data, rows)
     return jax.lax.psum(sums, _state.DEVICE_AXIS)
 
-  seeds = jax.vmap(one, in_axes=(0, None, None))
-  return jax.pmap(seeds, axis_name=_state.DEVICE_AXIS, devices=devices)
+  def seeds(
+    params: PyTree, variants: PyTree, data: PyTree, rows: jax.Array
+  ) -> PyTree:
+    def seed(params: PyTree) -> PyTree:
+      return one(params, variants, data, rows)
+
+    if devices[0].platform in _compile.IN_TURN:
+      return jax.lax.map(seed, params)
+    return jax.vmap(seed)(params)
+
+  mapped = jax.pmap(seeds, axis_name=_state.DEVICE_AXIS, devices=devices)
+  return _compile.compile_once(mapped, devices[0])
 
 
 def evaluate(
@@ -58,6 +81,8 @@ def evaluate(
   indices: Any = None,
   seed_axis: bool = False,
   devices: Sequence[jax.Device] | int | None = None,
+  prepare: Callable[..., PyTree] | None = None,
+  variants: PyTree = None,
 ) -> PyTree:
   """Means of per-example metrics over a data set, in one compiled call.
 
@@ -75,18 +100,30 @@ def evaluate(
     indices: int32 `[n]`, rows of `data` to use; None for all.
     seed_axis: the leaves of `params` have a leading axis of seeds.
     devices: as in `resolve_devices`; those of `data` if it is `Replicated`.
+    prepare: `prepare(params) -> what metric_fn gets`, called once within the
+      program, before the first batch: BatchNorm statistics estimated anew,
+      say. Keep one function object, as of `metric_fn`.
+    variants: pytree of arrays `[variants, ...]`; then it is
+      `prepare(params, variant)`, and the means are taken for every variant.
 
   Returns:
-    The pytree of means, NumPy arrays; with `seed_axis` they have that axis.
+    The pytree of means, NumPy arrays; with `seed_axis` they have that axis,
+    and with `variants` theirs, behind it.
 
   Raises:
-    ValueError: there is no example to evaluate, or an index is out of range.
+    ValueError: there is no example to evaluate, an index is out of range, or
+      there are variants but nothing is prepared of them.
 
   >>> data = {"x": np.arange(5, dtype=np.float32)}
   >>> means = evaluate(lambda p, batch: p * batch["x"], jnp.float32(2), data)
   >>> float(means)
   4.0
   """
+  if variants is not None and prepare is None:
+    raise ValueError(
+      "variants need prepare(params, variant), which makes of a variant what "
+      "metric_fn gets."
+    )
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, devices)
   total = jax.tree.leaves(data.value)[0].shape[1]
@@ -105,8 +142,9 @@ def evaluate(
   batch_size = min(batch_size, -(-len(indices) // count))
   padding = -len(indices) % (batch_size * count)
   rows = np.concatenate([indices, np.full(padding, -1, np.int32)])
-  run = _compile(metric_fn, data.devices, batch_size)
-  placed = _devices.replicate((params, rows), data.devices).value
-  sums = _devices.first_replica(run(placed[0], data.value, placed[1]))
+  run = _compile_sums(metric_fn, data.devices, batch_size, prepare)
+  placed = _devices.replicate((params, variants, rows), data.devices).value
+  params, variants, rows = placed
+  sums = _devices.first_replica(run(params, variants, data.value, rows))
   means = jax.tree.map(lambda values: values / len(indices), sums)
   return means if seed_axis else jax.tree.map(lambda mean: mean[0], means)

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from absl.testing import absltest, parameterized
 
-from jaxmerge import curves, tree
+from jaxmerge import curves, training, tree
 
 
 def _tree(seed, dtype=np.float32):
@@ -134,6 +134,33 @@ class ProfileTest(absltest.TestCase):
       seed_axis=True,
     )
     np.testing.assert_allclose(values, [[0, 0.5, 1], [1, 2, 3]])
+
+  def test_grids_share_a_trace_of_their_size(self):
+    traces = []
+
+    def metric(params, batch):
+      traces.append(None)
+      return params["w"] * batch["x"]
+
+    curve = curves.PolyChain.through({"w": 0.0}, {"w": 1.0})
+    data = training.replicate({"x": np.ones(4, np.float32)}, 1)
+    for grid in ([0.0, 0.5, 1.0], [0.2, 0.3, 0.4]):
+      _, values = curves.profile(metric, curve, data, grid)
+      np.testing.assert_allclose(values, grid, rtol=1e-6)
+    self.assertLen(traces, 1)
+
+  def test_weight_norms(self):
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(3, 2, 5)).astype(np.float32)
+    curve = curves.BezierCurve.through(*({"w": p} for p in points))
+    ts, norms = curves.weight_norms(curve, 4, seed_axis=True)
+    for t, column in zip(ts, norms.T, strict=True):
+      at = np.tensordot([(1 - t) ** 2, 2 * t * (1 - t), t**2], points, 1)
+      np.testing.assert_allclose(column, np.linalg.norm(at, axis=1), rtol=1e-5)
+    first = curves.BezierCurve.through(*({"w": p[0]} for p in points))
+    np.testing.assert_allclose(curves.weight_norms(first, 4)[1], norms[0])
+    with self.assertRaisesRegex(ValueError, "at least 2 points"):
+      curves.weight_norms(first, [0.5])
 
   def test_error(self):
     curve = curves.PolyChain.through({"w": 0.0}, {"w": 1.0})

@@ -13,7 +13,7 @@ import optax
 from absl.testing import absltest, parameterized
 
 from jaxmerge import checkpoints, training
-from jaxmerge.training import _epoch
+from jaxmerge.training import _compile
 
 
 def _data(examples=40, features=5, seed=0):
@@ -263,7 +263,7 @@ class EpochTest(parameterized.TestCase):
       ).params
 
     in_turn = run()
-    with mock.patch.object(_epoch, "_IN_TURN", frozenset()):
+    with mock.patch.object(_compile, "IN_TURN", frozenset()):
       vmapped = run()
     chex.assert_trees_all_close(in_turn, vmapped, rtol=1e-5)
 
@@ -346,7 +346,7 @@ class CompilationTest(absltest.TestCase):
     def loss(params, batch, key):
       return _loss(params, batch, key)
 
-    with mock.patch.dict(_epoch._OPTIONS, {"cpu": {"xla_no_such": True}}):
+    with mock.patch.dict(_compile.OPTIONS, {"cpu": {"xla_no_such": True}}):
       result = training.fit(
         loss, _params(), _data(), key=jax.random.key(0), batch_size=8
       )
