@@ -238,16 +238,16 @@ def stages_of(config: Any) -> dict[str, Stage]:
   return wanted
 
 
-def _like(name: str, study: _mpf_study.Study) -> PyTree:
+def like(name: str, study: _mpf_study.Study) -> PyTree:
   """A tree of the structure and shapes that a stage saves."""
   params = study.init(study.keys(0))
-  like = {"params": params}
+  tree = {"params": params}
   if name == "aligned":
-    like["a"] = params
+    tree["a"] = params
   if name.startswith("mpf"):
     count = study.config.curve.num_points
-    like["points"] = jax.tree.map(lambda x: jnp.stack([x] * count), params)
-  return like
+    tree["points"] = jax.tree.map(lambda x: jnp.stack([x] * count), params)
+  return tree
 
 
 def run_stage(
@@ -285,7 +285,7 @@ def run_stage(
   return _stage.run(
     name,
     make,
-    _like(name, study),
+    like(name, study),
     workdir,
     checkpoint_every=study.config.checkpoint_every,
     progress=progress,

@@ -12,6 +12,7 @@ from jaxmerge.curves._fit_curve import CurveResult, check_options, fit_curve
 from jaxmerge.curves._mpf import MPFInfo, mode_path_fusion
 from jaxmerge.curves._plane import Plane
 from jaxmerge.curves._plane_values import PlaneValues, plane_values
+from jaxmerge.curves._plots import plot_plane
 from jaxmerge.curves._profile import profile, weight_norms
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
   "hat_weights",
   "mode_path_fusion",
   "plane_values",
+  "plot_plane",
   "profile",
   "weight_norms",
 ]

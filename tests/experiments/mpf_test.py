@@ -98,7 +98,7 @@ class RunTest(_Workdir):
       if name == "ensemble":
         continue
       with checkpoints.Store(self.folder / "run" / "networks" / name) as store:
-        networks[name] = store.restore(_mpf_stages._like(name, study))[1]
+        networks[name] = store.restore(_mpf_stages.like(name, study))[1]
     a, b, average = (
       jax.tree.leaves(networks[name]["params"])
       for name in ("model_a", "model_b", "avg")
@@ -148,7 +148,7 @@ class RunTest(_Workdir):
     points, average = None, None
     for name in ("mpf", "avg"):
       with checkpoints.Store(self.folder / "run" / "networks" / name) as store:
-        tree = store.restore(_mpf_stages._like(name, study))[1]
+        tree = store.restore(_mpf_stages.like(name, study))[1]
       points = tree.get("points", points)
       average = tree["params"]
     # The curve begins at the average: it was taken in place.
