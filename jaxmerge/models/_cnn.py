@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _norms
+from jaxmerge.models import _conv, _norms
 
 HEADS = ("pool", "flatten")
 
@@ -88,6 +88,7 @@ class CNN(nn.Module):
         (3, 3),
         use_bias=self.norm == "none",
         kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=_conv.conv_general_dilated,
         name=f"Conv_{i}",
       )(x)
       x = _norms.apply_norm(

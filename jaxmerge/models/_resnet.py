@@ -7,7 +7,7 @@ import functools
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _norms
+from jaxmerge.models import _conv, _norms
 
 #: Stages of a network; each but the first halves the image.
 _STAGES = 3
@@ -42,7 +42,9 @@ class _Block(nn.Module):
       axis_name=self.axis_name,
     )
     conv = functools.partial(
-      nn.Conv, use_bias=self.norm == "none", padding="SAME"
+      nn.Conv,
+      use_bias=self.norm == "none",
+      conv_general_dilated=_conv.conv_general_dilated,
     )
     he_normal = nn.initializers.he_normal()
     strides = (self.stride, self.stride)
@@ -144,6 +146,7 @@ class ResNet(nn.Module):
       (3, 3),
       use_bias=self.norm == "none",
       kernel_init=nn.initializers.he_normal(),
+      conv_general_dilated=_conv.conv_general_dilated,
       name="Conv_0",
     )(x)
     x = _norms.apply_norm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _norms
+from jaxmerge.models import _conv, _norms
 
 #: Pools, where a plan has no number of channels.
 POOL = "M"
@@ -104,6 +104,7 @@ class VGG(nn.Module):
         (3, 3),
         use_bias=self.norm == "none",
         kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=_conv.conv_general_dilated,
         name=f"Conv_{index}",
       )(x)
       x = _norms.apply_norm(

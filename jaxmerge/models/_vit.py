@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models import _norms
+from jaxmerge.models import _conv, _norms
 
 POOLS = ("mean", "class")
 
@@ -109,7 +109,14 @@ class ViT(nn.Module):
         f" {x.shape[1]} x {x.shape[2]}"
       )
     sides = (self.patch, self.patch)
-    x = nn.Conv(self.dim, sides, sides, padding="VALID", name="Patches")(x)
+    x = nn.Conv(
+      self.dim,
+      sides,
+      sides,
+      padding="VALID",
+      conv_general_dilated=_conv.conv_general_dilated,
+      name="Patches",
+    )(x)
     x = x.reshape((x.shape[0], -1, self.dim))
     normal = nn.initializers.normal(0.02)
     if self.pool == "class":
