@@ -29,7 +29,8 @@ def summarize(profiles: dict[str, Any]) -> dict[str, Any]:
   Returns:
     By path and quantity, per-seed values with mean and standard deviation;
     "ratio": the largest train loss of the straight line over the curve's, on
-    the whole of both and between t = 0.25 and 0.75.
+    the whole of both and between t = 0.25 and 0.75; "five_times_lower": the
+    share of t where the curve's is a fifth of the line's largest, or less.
   """
   rows: dict[str, Any] = {}
   largest: dict[str, dict[str, np.ndarray]] = {}
@@ -63,11 +64,21 @@ def summarize(profiles: dict[str, Any]) -> dict[str, Any]:
         "norm_min": np.array(path["norm"]).min(axis=-1),
       }.items()
     }
+  curve = profiles["curve"]
+  low = (
+    5 * np.array(curve["train"]["loss"]) <= (largest["line"]["whole"][:, None])
+  )
   ratio = {
     part: _mpf_report.summary(largest["line"][part] / largest["curve"][part])
     for part in ("whole", "interior")
   }
-  return {"paths": rows, "ratio": ratio}
+  # The share of t, by the trapezoidal rule on a grid of any spacing.
+  share = np.trapezoid(low.astype(np.float64), curve["t"], axis=-1)
+  return {
+    "paths": rows,
+    "ratio": ratio,
+    "five_times_lower": _mpf_report.summary(share),
+  }
 
 
 def _cell(row: dict[str, Any], digits: int = 3) -> str:
@@ -108,7 +119,9 @@ def _ratios(results: dict[str, Any]) -> list[str]:
     f"loss {_cell(rows['line']['train_loss_start'])} at t = 0 and "
     f"{_cell(rows['line']['train_loss_end'])} at t = 1), "
     f"{_cell(ratio['interior'], 2)} between t = 1/4 and 3/4 (by seed: "
-    f"{seeds}).",
+    f"{seeds}). At {_cell(results['summary']['five_times_lower'], 2)} of all t "
+    "the curve's train loss is at least five times lower than the line's "
+    "largest.",
   ]
 
 

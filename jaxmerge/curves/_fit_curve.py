@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmerge import training
 from jaxmerge import tree as tree_lib
-from jaxmerge.curves import _curve, _sampling
+from jaxmerge.curves import _curve, _fit_points, _sampling
 
 PyTree = Any
 
@@ -62,28 +62,15 @@ def _random(
 
 
 @functools.lru_cache(maxsize=16)
-def _curve_loss(
-  loss_fn: Callable[..., Any],
-  kind: str,
-  phi_weight_decay: float,
-) -> Callable[..., Any]:
-  """The task loss at a random point of the curve."""
+def _phi(kind: str) -> _fit_points.Phi:
+  """The network at a position of a curve, leaf by leaf without stacking."""
 
-  def loss(trained: PyTree, context: training.Context) -> Any:
-    ends, rest = context.frozen
-    points = trained["inner"]
+  def phi(trained: PyTree, ends: PyTree, t: jax.Array) -> PyTree:
     start, end = trained["ends"] if ends is None else ends
-    phi = _curve.evaluate_curve(
-      _curve.get(kind), [start, *points, end], context.drawn
-    )
-    output = loss_fn(tree_lib.combine(phi, rest), context.batch, context.key)
-    if not phi_weight_decay:
-      return output
-    losses, metrics = output if isinstance(output, tuple) else (output, {})
-    square = tree_lib.dot(phi, phi).astype(losses.dtype)
-    return losses + phi_weight_decay / 2 * square, metrics
+    points = [start, *trained["inner"], end]
+    return _curve.evaluate_curve(_curve.get(kind), points, t)
 
-  return loss
+  return phi
 
 
 def check_options(
@@ -226,37 +213,24 @@ def fit_curve(
       "start has no floating-point leaf: there is nothing to train."
     )
   inner = _inner_points(init, key, start, end, num_points, seed_axis)
-  if not seed_axis:
-    add_axis = functools.partial(jax.tree.map, lambda leaf: leaf[None])
-    start, end, rest, inner = map(add_axis, (start, end, rest, inner))
-    key = key[None]
-  if not isinstance(data, training.Replicated):
-    data = training.replicate(data, options.get("devices"))
-  if optimizer is None:
-    optimizer = training.default_sgd(
-      data,
-      options.get("indices"),
-      batch_size,
-      epochs,
-      learning_rate,
-      final_learning_rate,
-      momentum,
-      weight_decay,
-    )
-  result = training.train(
-    _curve_loss(
-      loss_fn,
-      kind,
-      phi_weight_decay,
-    ),
+  result = _fit_points.fit_points(
+    loss_fn,
+    _phi(kind),
     {"inner": inner, "ends": (start, end) if train_ends else None},
+    None if train_ends else (start, end),
+    rest,
     data,
+    key=key,
+    draw=draw,
     optimizer=optimizer,
+    learning_rate=learning_rate,
+    final_learning_rate=final_learning_rate,
+    momentum=momentum,
+    weight_decay=weight_decay,
+    phi_weight_decay=phi_weight_decay,
     epochs=epochs,
     batch_size=batch_size,
-    keys=key,
-    frozen=(None if train_ends else (start, end), rest),
-    draw=draw,
+    seed_axis=seed_axis,
     **options,
   )
   if train_ends:
@@ -265,8 +239,6 @@ def fit_curve(
     tree_lib.combine(point, rest)
     for point in (start, *result.params["inner"], end)
   ]
-  if not seed_axis:
-    points = [jax.tree.map(lambda leaf: leaf[0], point) for point in points]
   curve = _curve.get(kind).through(*points)
   return CurveResult(curve, result.steps, result.history)
 

@@ -46,7 +46,7 @@ def _losses(
 
 
 @functools.lru_cache(maxsize=16)
-def _loss_metric(
+def loss_metric(
   loss_fn: Callable[..., Any],
 ) -> Callable[[PyTree, PyTree], jax.Array]:
   """The loss as a per-example metric."""
@@ -63,6 +63,19 @@ def _loss_metric(
     )(batch)
 
   return metric
+
+
+def spread_rows(
+  data: training.Replicated, indices: Any, most: int
+) -> np.ndarray:
+  """At most so many of the rows that were trained on, evenly spaced."""
+  known = indices
+  if known is None:
+    known = np.arange(jax.tree.leaves(data.value)[0].shape[1])
+  # Seeds that train on different rows are judged on the first one's.
+  known = np.atleast_2d(np.asarray(known))[0]
+  places = np.linspace(0, len(known) - 1, min(len(known), most))
+  return known[np.unique(places.astype(np.int32))]
 
 
 def mode_path_fusion(
@@ -139,15 +152,9 @@ def mode_path_fusion(
     loss_fn, start, end, data, key=key, seed_axis=seed_axis, **options
   )
   seconds = time.perf_counter() - begin
-  known = options.get("indices")
-  if known is None:
-    known = np.arange(jax.tree.leaves(data.value)[0].shape[1])
-  # Seeds that train on different rows are judged on the first one's.
-  known = np.atleast_2d(np.asarray(known))[0]
-  places = np.linspace(0, len(known) - 1, min(len(known), grid_examples))
-  rows = known[np.unique(places.astype(np.int32))]
+  rows = spread_rows(data, options.get("indices"), grid_examples)
   ts, losses = _profile.profile(
-    _loss_metric(loss_fn),
+    loss_metric(loss_fn),
     result.curve,
     data,
     grid,

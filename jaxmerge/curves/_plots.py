@@ -143,8 +143,10 @@ def plot_plane(
     raise ValueError(f"A picture needs a map and 2 levels, got {levels}.")
   matplotlib = _import_matplotlib()
   # Not pyplot, which would choose a backend for the whole process.
+  spread = [max(float(np.ptp(axis)), 1e-12) for axis in (found.ys, found.xs)]
+  height = 1.0 + 3.9 * min(max(spread[0] / spread[1], 0.4), 1.5)
   figure = matplotlib.figure.Figure(
-    figsize=(5.2 * len(maps), 4.2), layout="constrained"
+    figsize=(5.2 * len(maps), height), layout="constrained"
   )
   row = figure.subplots(1, len(maps), squeeze=False)
   for axes, (dataset, metric, label) in zip(row[0], maps, strict=True):

@@ -1,4 +1,4 @@
-"""Drawing the position t on a curve, one a step."""
+"""Drawing the position t on a curve or simplex, one a step."""
 
 from __future__ import annotations
 
@@ -73,12 +73,30 @@ def get_sampler(name: str, concentration: float) -> Sampler:
   return samplers[name]
 
 
-@functools.lru_cache(maxsize=64)
-def draw_t(name: str, concentration: float, shared: bool) -> Sampler:
-  """Draws the t of a step, one for all devices or one for each."""
-  sampler = get_sampler(name, concentration)
-  if shared:
-    return sampler
+def dirichlet(concentration: float, num_models: int) -> Sampler:
+  """t ~ Dirichlet(a, ..., a), barycentric coordinates `[num_models]`.
+
+  Of two models they are (1 - s, s) with the s that `beta` draws, so that a
+  simplex of two models sees what a curve sees.
+  """
+  if num_models == 2:
+    second = beta(concentration)
+
+    def pair(key: jax.Array, draw: jax.Array) -> jax.Array:
+      s = second(key, draw)
+      return jnp.stack([1 - s, s])
+
+    return pair
+
+  def sample(key: jax.Array, draw: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(key, draw)
+    return jax.random.dirichlet(key, jnp.full(num_models, concentration))
+
+  return sample
+
+
+def _for_each_device(sampler: Sampler) -> Sampler:
+  """Each device's own draws."""
 
   def own(key: jax.Array, step: jax.Array) -> jax.Array:
     devices = jax.lax.axis_size(training.DEVICE_AXIS)
@@ -86,3 +104,19 @@ def draw_t(name: str, concentration: float, shared: bool) -> Sampler:
     return sampler(key, step * devices + device)
 
   return own
+
+
+@functools.lru_cache(maxsize=64)
+def draw_t(name: str, concentration: float, shared: bool) -> Sampler:
+  """Draws the t of a step, one for all devices or one for each."""
+  sampler = get_sampler(name, concentration)
+  return sampler if shared else _for_each_device(sampler)
+
+
+@functools.lru_cache(maxsize=64)
+def draw_barycentric(
+  concentration: float, num_models: int, shared: bool
+) -> Sampler:
+  """Draws the position of a step on a simplex, as `draw_t` does on a curve."""
+  sampler = dirichlet(concentration, num_models)
+  return sampler if shared else _for_each_device(sampler)
