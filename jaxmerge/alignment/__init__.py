@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxmerge.alignment._assignment import solve_assignment
 from jaxmerge.alignment._check_spec import check
 from jaxmerge.alignment._derive_spec import derive_spec
 from jaxmerge.alignment._exact import exact_plan
@@ -9,6 +10,7 @@ from jaxmerge.alignment._ground_cost import squared_distances
 from jaxmerge.alignment._ot_fusion import AlignmentInfo, align_mlp, ot_fusion
 from jaxmerge.alignment._permute import permute_mlp
 from jaxmerge.alignment._plan import TransportPlan
+from jaxmerge.alignment._similarity import MatchingInfo
 from jaxmerge.alignment._sinkhorn import sinkhorn_plan
 from jaxmerge.alignment._spec import (
   Axis,
@@ -19,10 +21,12 @@ from jaxmerge.alignment._spec import (
   identity_permutations,
   random_permutations,
 )
+from jaxmerge.alignment._weight_matching import weight_matching
 
 __all__ = (
   "AlignmentInfo",
   "Axis",
+  "MatchingInfo",
   "PermutationSpec",
   "SpecError",
   "TransportPlan",
@@ -37,5 +41,7 @@ __all__ = (
   "permute_mlp",
   "random_permutations",
   "sinkhorn_plan",
+  "solve_assignment",
   "squared_distances",
+  "weight_matching",
 )
