@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from jaxmerge.alignment._activation_matching import (
+  ActivationMoments,
+  activation_matching,
+  activation_moments,
+)
 from jaxmerge.alignment._assignment import solve_assignment
 from jaxmerge.alignment._check_spec import check
 from jaxmerge.alignment._derive_spec import derive_spec
@@ -24,12 +29,15 @@ from jaxmerge.alignment._spec import (
 from jaxmerge.alignment._weight_matching import weight_matching
 
 __all__ = (
+  "ActivationMoments",
   "AlignmentInfo",
   "Axis",
   "MatchingInfo",
   "PermutationSpec",
   "SpecError",
   "TransportPlan",
+  "activation_matching",
+  "activation_moments",
   "align_mlp",
   "apply_permutations",
   "check",
