@@ -12,6 +12,7 @@ from jaxmerge.alignment._check_spec import check
 from jaxmerge.alignment._derive_spec import derive_spec
 from jaxmerge.alignment._exact import exact_plan
 from jaxmerge.alignment._ground_cost import squared_distances
+from jaxmerge.alignment._group_activations import group_activations
 from jaxmerge.alignment._ot_fusion import AlignmentInfo, align_mlp, ot_fusion
 from jaxmerge.alignment._permute import permute_mlp
 from jaxmerge.alignment._plan import TransportPlan
@@ -43,6 +44,7 @@ __all__ = (
   "check",
   "derive_spec",
   "exact_plan",
+  "group_activations",
   "group_sizes",
   "identity_permutations",
   "ot_fusion",
