@@ -7,17 +7,52 @@ from jaxmerge.alignment._activation_matching import (
   activation_matching,
   activation_moments,
 )
-from jaxmerge.alignment._assignment import solve_assignment
-from jaxmerge.alignment._check_spec import check
-from jaxmerge.alignment._derive_spec import derive_spec
-from jaxmerge.alignment._exact import exact_plan
-from jaxmerge.alignment._ground_cost import squared_distances
-from jaxmerge.alignment._group_activations import group_activations
-from jaxmerge.alignment._ot_fusion import AlignmentInfo, align_mlp, ot_fusion
-from jaxmerge.alignment._permute import permute_mlp
-from jaxmerge.alignment._plan import TransportPlan
-from jaxmerge.alignment._similarity import MatchingInfo
-from jaxmerge.alignment._sinkhorn import sinkhorn_plan
+from jaxmerge.alignment._activations import (
+  ActivationsFn,
+  flax_activations,
+)
+from jaxmerge.alignment._assignment import (
+  solve_assignment,
+)
+from jaxmerge.alignment._batch_stats import (
+  reset_batch_stats,
+)
+from jaxmerge.alignment._check_spec import (
+  check,
+)
+from jaxmerge.alignment._derive_spec import (
+  derive_spec,
+)
+from jaxmerge.alignment._exact import (
+  exact_plan,
+)
+from jaxmerge.alignment._ground_cost import (
+  squared_distances,
+)
+from jaxmerge.alignment._group_activations import (
+  group_activations,
+)
+from jaxmerge.alignment._ot_fusion import (
+  AlignmentInfo,
+  align_mlp,
+  ot_fusion,
+)
+from jaxmerge.alignment._permute import (
+  permute_mlp,
+)
+from jaxmerge.alignment._plan import (
+  TransportPlan,
+)
+from jaxmerge.alignment._repair import (
+  RepairInfo,
+  repair,
+)
+from jaxmerge.alignment._similarity import (
+  MatchingInfo,
+)
+from jaxmerge.alignment._sinkhorn import (
+  sinkhorn_plan,
+)
 from jaxmerge.alignment._spec import (
   Axis,
   PermutationSpec,
@@ -27,14 +62,18 @@ from jaxmerge.alignment._spec import (
   identity_permutations,
   random_permutations,
 )
-from jaxmerge.alignment._weight_matching import weight_matching
+from jaxmerge.alignment._weight_matching import (
+  weight_matching,
+)
 
 __all__ = (
   "ActivationMoments",
+  "ActivationsFn",
   "AlignmentInfo",
   "Axis",
   "MatchingInfo",
   "PermutationSpec",
+  "RepairInfo",
   "SpecError",
   "TransportPlan",
   "activation_matching",
@@ -44,12 +83,15 @@ __all__ = (
   "check",
   "derive_spec",
   "exact_plan",
+  "flax_activations",
   "group_activations",
   "group_sizes",
   "identity_permutations",
   "ot_fusion",
   "permute_mlp",
   "random_permutations",
+  "repair",
+  "reset_batch_stats",
   "sinkhorn_plan",
   "solve_assignment",
   "squared_distances",
