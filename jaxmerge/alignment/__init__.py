@@ -32,6 +32,12 @@ from jaxmerge.alignment._ground_cost import (
 from jaxmerge.alignment._group_activations import (
   group_activations,
 )
+from jaxmerge.alignment._known_specs import (
+  bert_spec,
+  resnet_spec,
+  vgg_spec,
+  vit_spec,
+)
 from jaxmerge.alignment._ot_fusion import (
   AlignmentInfo,
   align_mlp,
@@ -80,6 +86,7 @@ __all__ = (
   "activation_moments",
   "align_mlp",
   "apply_permutations",
+  "bert_spec",
   "check",
   "derive_spec",
   "exact_plan",
@@ -92,8 +99,11 @@ __all__ = (
   "random_permutations",
   "repair",
   "reset_batch_stats",
+  "resnet_spec",
   "sinkhorn_plan",
   "solve_assignment",
   "squared_distances",
+  "vgg_spec",
+  "vit_spec",
   "weight_matching",
 )
