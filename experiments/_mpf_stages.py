@@ -134,7 +134,7 @@ def _align(run: Run) -> tuple[PyTree, Meta]:
 
 @jax.jit
 def _aligned(reference: PyTree, model: PyTree) -> PyTree:
-  return alignment.align_mlp(reference, model)[0]
+  return alignment.ot_align(reference, model)[0]
 
 
 def _ot(run: Run) -> tuple[PyTree, Meta]:

@@ -11,54 +11,36 @@ from jaxmerge.alignment._activations import (
   ActivationsFn,
   flax_activations,
 )
-from jaxmerge.alignment._assignment import (
-  solve_assignment,
-)
-from jaxmerge.alignment._batch_stats import (
-  reset_batch_stats,
-)
-from jaxmerge.alignment._check_spec import (
-  check,
-)
-from jaxmerge.alignment._derive_spec import (
-  derive_spec,
-)
-from jaxmerge.alignment._exact import (
-  exact_plan,
-)
-from jaxmerge.alignment._ground_cost import (
-  squared_distances,
-)
-from jaxmerge.alignment._group_activations import (
-  group_activations,
-)
+from jaxmerge.alignment._assignment import solve_assignment
+from jaxmerge.alignment._batch_stats import reset_batch_stats
+from jaxmerge.alignment._check_spec import check
+from jaxmerge.alignment._derive_spec import derive_spec
+from jaxmerge.alignment._exact import exact_plan
+from jaxmerge.alignment._ground_cost import squared_distances
+from jaxmerge.alignment._group_activations import group_activations
 from jaxmerge.alignment._known_specs import (
   bert_spec,
   resnet_spec,
   vgg_spec,
   vit_spec,
 )
-from jaxmerge.alignment._ot_fusion import (
-  AlignmentInfo,
-  align_mlp,
-  ot_fusion,
+from jaxmerge.alignment._ot_align import (
+  TransportInfo,
+  activation_norms,
+  ot_align,
 )
-from jaxmerge.alignment._permute import (
-  permute_mlp,
-)
+from jaxmerge.alignment._ot_fusion import ot_fusion
 from jaxmerge.alignment._plan import (
+  ConvergenceError,
   TransportPlan,
+  check_plan,
 )
 from jaxmerge.alignment._repair import (
   RepairInfo,
   repair,
 )
-from jaxmerge.alignment._similarity import (
-  MatchingInfo,
-)
-from jaxmerge.alignment._sinkhorn import (
-  sinkhorn_plan,
-)
+from jaxmerge.alignment._similarity import MatchingInfo
+from jaxmerge.alignment._sinkhorn import sinkhorn_plan
 from jaxmerge.alignment._spec import (
   Axis,
   PermutationSpec,
@@ -68,34 +50,36 @@ from jaxmerge.alignment._spec import (
   identity_permutations,
   random_permutations,
 )
-from jaxmerge.alignment._weight_matching import (
-  weight_matching,
-)
+from jaxmerge.alignment._transport import apply_plans
+from jaxmerge.alignment._weight_matching import weight_matching
 
 __all__ = (
   "ActivationMoments",
   "ActivationsFn",
-  "AlignmentInfo",
   "Axis",
+  "ConvergenceError",
   "MatchingInfo",
   "PermutationSpec",
   "RepairInfo",
   "SpecError",
+  "TransportInfo",
   "TransportPlan",
   "activation_matching",
   "activation_moments",
-  "align_mlp",
+  "activation_norms",
   "apply_permutations",
+  "apply_plans",
   "bert_spec",
   "check",
+  "check_plan",
   "derive_spec",
   "exact_plan",
   "flax_activations",
   "group_activations",
   "group_sizes",
   "identity_permutations",
+  "ot_align",
   "ot_fusion",
-  "permute_mlp",
   "random_permutations",
   "repair",
   "reset_batch_stats",

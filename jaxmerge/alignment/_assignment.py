@@ -28,8 +28,9 @@ def solve_assignment(similarity: jax.typing.ArrayLike) -> jax.Array:
   shortest paths does little arithmetic between branches, for which a CPU is
   made. Larger problems get prices for their columns first, from a few
   iterations of Sinkhorn's algorithm on the device; they leave the answer as it
-  is and shorten the paths. Traced arrays are solved on the device by Optax's
-  Hungarian algorithm, batches all at once on accelerators.
+  is and shorten the paths. In a program for a CPU SciPy is called back; in one
+  for an accelerator, which must not wait for the host, Optax's Hungarian
+  algorithm is a loop of the program. All are exact and differ in ties at most.
 
   Args:
     similarity: Floating-point, shape ``[..., n, n]``; n is at least 1.
@@ -40,7 +41,7 @@ def solve_assignment(similarity: jax.typing.ArrayLike) -> jax.Array:
 
   Raises:
     ValueError: If the shape is wrong, or an entry is not finite. Traced entries
-      are not checked; where they are not finite the answer means nothing.
+      are not checked; where they are not finite the answer is the identity.
 
   References:
     Crouse, `On implementing 2D rectangular assignment algorithms
@@ -118,40 +119,70 @@ def _prices(similarity: jax.Array) -> jax.Array:
   return prices * (_PRICE_EPSILON * jnp.where(spread > 0, spread, 1.0))
 
 
-@jax.jit
-def _traced(similarity: jax.Array) -> jax.Array:
-  shape = similarity.shape
-  costs = -jax.lax.stop_gradient(similarity).reshape(-1, *shape[-2:])
-  # Optax writes it in JAX's default dtype; on entries that are not finite its
-  # loops may not end.
-  costs = costs.astype(jnp.result_type(float))
-  costs = jnp.where(jnp.isfinite(costs).all(), costs, jnp.zeros_like(costs))
-  return jax.vmap(_assign)(costs).reshape(shape[:-1])
+def _on_host(similarities: jax.typing.ArrayLike) -> np.ndarray:
+  """Solves a problem for each index of the leading axes, without prices."""
+  from scipy import optimize
+
+  array = np.asarray(similarities).astype(np.float64)
+  n = array.shape[-1]
+  found = np.empty((array.size // n**2, n), np.int32)
+  for i, one in enumerate(array.reshape(-1, n, n)):
+    is_finite = np.isfinite(one).all()
+    found[i] = (
+      optimize.linear_sum_assignment(one, maximize=True)[1]
+      if is_finite
+      else np.arange(n)
+    )
+  return found.reshape(array.shape[:-1])
 
 
-def _hungarian(costs: jax.Array) -> jax.Array:
+def _callback(similarities: jax.Array) -> jax.Array:
+  return jax.pure_callback(
+    _on_host,
+    jax.ShapeDtypeStruct(similarities.shape[:-1], jnp.int32),
+    similarities,
+    vmap_method="broadcast_all",
+  )
+
+
+def _hungarian(similarity: jax.Array) -> jax.Array:
   from optax import assignment
 
-  rows, columns = assignment.hungarian_algorithm(costs)
-  permutation = jnp.zeros(costs.shape[0], jnp.int32)
-  return permutation.at[rows].set(columns.astype(jnp.int32))
+  n = similarity.shape[0]
+  is_finite = jnp.isfinite(similarity).all()
+  # Optax writes it in JAX's default dtype; on entries that are not finite its
+  # loops may not end.
+  rows, columns = assignment.hungarian_algorithm(
+    jnp.where(is_finite, -similarity, jnp.zeros_like(similarity)).astype(
+      jnp.result_type(float)
+    )
+  )
+  permutation = jnp.zeros(n, jnp.int32)
+  permutation = permutation.at[rows].set(columns.astype(jnp.int32))
+  return jnp.where(is_finite, permutation, jnp.arange(n, dtype=jnp.int32))
 
 
 @jax.custom_batching.custom_vmap
-def _assign(costs: jax.Array) -> jax.Array:
-  return _hungarian(costs)
+def _assign(similarity: jax.Array) -> jax.Array:
+  return jax.lax.platform_dependent(
+    similarity, cpu=_callback, default=_hungarian
+  )
 
 
 @_assign.def_vmap
 def _assign_many(
-  axis_size: int, in_batched: list[bool], costs: jax.Array
+  axis_size: int, in_batched: list[bool], similarities: jax.Array
 ) -> tuple[jax.Array, bool]:
-  # Batched, the loops run as long as the slowest problem's; a CPU, which gains
-  # nothing from a batch, solves the problems one after the other.
+  # One call to the host for the whole batch.
   del axis_size, in_batched
   permutations = jax.lax.platform_dependent(
-    costs,
-    cpu=lambda costs: jax.lax.map(_assign, costs),
-    default=jax.vmap(_hungarian),
+    similarities, cpu=_callback, default=jax.vmap(_hungarian)
   )
   return permutations, True
+
+
+@jax.jit
+def _traced(similarity: jax.Array) -> jax.Array:
+  shape = similarity.shape
+  flat = jax.lax.stop_gradient(similarity).reshape(-1, *shape[-2:])
+  return jax.vmap(_assign)(flat).reshape(shape[:-1])

@@ -1,88 +1,104 @@
-"""Exact transport between equally many points of equal weight."""
+"""Exact transport: an assignment, or the network simplex."""
 
 from __future__ import annotations
 
 import jax
-import jax.custom_batching
 import jax.numpy as jnp
+import numpy as np
 
-from jaxmerge.alignment import _plan
+from jaxmerge.alignment import _assignment, _emd, _plan
 
 
-def exact_plan(cost: jax.Array) -> _plan.TransportPlan:
-  r"""Solves :math:`\min_P \sum_{gj} P_{gj} C_{gj}` with marginals 1/n.
+def exact_plan(
+  cost: jax.Array,
+  a: jax.typing.ArrayLike | None = None,
+  b: jax.typing.ArrayLike | None = None,
+) -> _plan.TransportPlan:
+  r"""Solves :math:`\min_P \langle P, C \rangle` for given marginals.
 
-  With equal and uniform marginals a permutation is optimal, so that this is
-  an assignment problem. It is solved on the device with the Hungarian
-  algorithm, in :math:`O(n^3)`. The plan is a constant to differentiation.
+  .. math::
+    P \ge 0, \quad \textstyle\sum_j P_{gj} = a_g, \quad \sum_g P_{gj} = b_j
+
+  Between equally many points of equal weight a permutation is optimal: it is
+  found as an assignment, by SciPy where the host can be asked, else by the
+  Hungarian algorithm on the accelerator. All else is POT's network simplex on
+  the host, which needs ``pip install 'jaxmerge[alignment]'``. Both work under
+  ``jax.jit`` and ``jax.vmap``. The plan is a constant to differentiation.
 
   Args:
-    cost: Floating-point, shape [n, n]; rows are the target's points, columns
+    cost: Floating-point, shape [n, m]; rows are the target's points, columns
       the source's.
+    a: Shape [n], not negative, sum 1; 1/n by default.
+    b: Shape [m], not negative, sum 1; 1/m by default.
 
   Returns:
-    The plan, with its permutation. Where the cost is not finite throughout,
-    ``converged`` is False and the permutation means nothing.
+    The plan, with its permutation if it is an assignment; float32 for half
+    types. Where the cost is not finite throughout, ``converged`` is False and
+    the plan means nothing.
 
   Raises:
-    ValueError: If the cost is not a square matrix.
+    ValueError: If the cost is not a matrix, or a marginal does not fit it.
+    ImportError: If POT is needed and not there.
 
   References:
-    Kuhn, `The Hungarian method for the assignment problem
-    <https://doi.org/10.1002/nav.3800020109>`_, 1955
+    Crouse, `On implementing 2D rectangular assignment algorithms
+    <https://doi.org/10.1109/TAES.2016.140952>`_, 2016
+
+    Bonneel et al., `Displacement interpolation using Lagrangian mass transport
+    <https://doi.org/10.1145/2070781.2024192>`_, 2011
 
   >>> print(exact_plan(jnp.array([[2.0, 1.0], [1.0, 3.0]])).permutation)
   [1 0]
   """
-  _plan.check_square(cost)
-  return _solve(cost)
+  cost = _plan.check_cost(cost)
+  n, m = cost.shape
+  if n == m and _is_uniform(a, n) and _is_uniform(b, n):
+    is_finite = jnp.isfinite(cost).all()
+    solvable = jnp.where(is_finite, cost, jnp.zeros_like(cost))
+    return _of_permutation(cost, _assignment.solve_assignment(-solvable))
+  a, b = _plan.check_marginals(cost, a, b)
+  plan, converged = _emd.emd(cost, a, b)
+  return _of_plan(cost, a, b, plan, converged)
 
 
-# Compiled once for each shape; outside of jit, the loops of the algorithm
-# would be compiled in every call.
+def _is_uniform(marginal: jax.typing.ArrayLike | None, n: int) -> bool:
+  if marginal is None:
+    return True
+  if _plan.is_traced(marginal):
+    return False
+  values = np.asarray(marginal, np.float64)
+  return values.shape == (n,) and np.allclose(values, 1 / n, rtol=1e-6, atol=0)
+
+
+# Compiled once for each shape.
 @jax.jit
-def _solve(cost: jax.Array) -> _plan.TransportPlan:
+def _of_permutation(
+  cost: jax.Array, permutation: jax.Array
+) -> _plan.TransportPlan:
   n = cost.shape[0]
-  is_finite = jnp.all(jnp.isfinite(cost))
-  solvable = jnp.where(is_finite, cost, jnp.zeros_like(cost))
-  # The algorithm is written in JAX's default dtype.
-  permutation = _assign(
-    jax.lax.stop_gradient(solvable).astype(jnp.result_type(float))
-  )
   return _plan.TransportPlan(
     plan=jax.nn.one_hot(permutation, n, dtype=cost.dtype) / n,
     permutation=permutation,
     cost=jnp.mean(jnp.take_along_axis(cost, permutation[:, None], axis=1)),
-    converged=is_finite,
+    converged=jnp.all(jnp.isfinite(cost)),
     n_iters=jnp.zeros((), jnp.int32),
     error=jnp.zeros((), cost.dtype),
   )
 
 
-def _hungarian(cost: jax.Array) -> jax.Array:
-  from optax import assignment
-
-  rows, columns = assignment.hungarian_algorithm(cost)
-  permutation = jnp.zeros(cost.shape[0], jnp.int32)
-  return permutation.at[rows].set(columns.astype(jnp.int32))
-
-
-@jax.custom_batching.custom_vmap
-def _assign(cost: jax.Array) -> jax.Array:
-  return _hungarian(cost)
-
-
-@_assign.def_vmap
-def _assign_many(
-  axis_size: int, in_batched: list[bool], costs: jax.Array
-) -> tuple[jax.Array, bool]:
-  # Batched, the loops run as long as the slowest problem's and copy their
-  # whole state in every step. A CPU, which gains nothing from the batch,
-  # solves the problems one after the other.
-  del axis_size, in_batched
-  permutations = jax.lax.platform_dependent(
-    costs,
-    cpu=lambda costs: jax.lax.map(_assign, costs),
-    default=jax.vmap(_hungarian),
+@jax.jit
+def _of_plan(
+  cost: jax.Array,
+  a: jax.Array,
+  b: jax.Array,
+  plan: jax.Array,
+  converged: jax.Array,
+) -> _plan.TransportPlan:
+  return _plan.TransportPlan(
+    plan=plan,
+    permutation=None,
+    cost=jnp.sum(plan * cost),
+    converged=converged,
+    n_iters=jnp.zeros((), jnp.int32),
+    error=_plan.deviation(plan, a, b),
   )
-  return permutations, True

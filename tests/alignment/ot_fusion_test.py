@@ -1,4 +1,4 @@
-"""Tests of the alignment and the fusion of MLPs."""
+"""Tests of the alignment and the fusion of networks by transport."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flax import nnx
 from scipy import optimize
 
 from jaxmerge import alignment, tree
+from jaxmerge.alignment import Axis
 
 WIDTHS = (12, 16)
 INPUTS, CLASSES = 7, 4
@@ -62,76 +63,30 @@ def add_noise(params, seed, size):
 INPUT = np.random.default_rng(9).normal(size=(20, INPUTS))
 
 
-class PermuteMlpTest(parameterized.TestCase):
-  @parameterized.parameters(True, False)
-  def test_function_is_preserved(self, use_bias):
-    params = init(0, use_bias)
-    moved = alignment.permute_mlp(params, random_permutations(1))
-    chex.assert_trees_all_equal_shapes_and_dtypes(moved, params)
-    self.assertFalse(
-      np.array_equal(
-        moved["params"]["Dense_0"]["kernel"],
-        params["params"]["Dense_0"]["kernel"],
-      )
-    )
-    np.testing.assert_allclose(
-      forward(moved, INPUT), forward(params, INPUT), atol=1e-12
-    )
-    apply = Mlp(use_bias).apply
-    np.testing.assert_allclose(
-      apply(moved, jnp.asarray(INPUT, jnp.float32)),
-      apply(params, jnp.asarray(INPUT, jnp.float32)),
-      atol=1e-5,
-    )
-
-  def test_composition_with_the_inverse(self):
-    params = init(0)
-    permutations = random_permutations(1)
-    moved = alignment.permute_mlp(params, permutations)
-    back = alignment.permute_mlp(moved, [np.argsort(p) for p in permutations])
-    chex.assert_trees_all_equal(back, params)
-
-  def test_traced_permutations(self):
-    params, permutations = init(0), random_permutations(1)
-    got = jax.jit(alignment.permute_mlp)(params, permutations)
-    chex.assert_trees_all_equal(
-      got, alignment.permute_mlp(params, permutations)
-    )
-
-  def test_natural_order_of_layers(self):
-    # Dense_10 before Dense_2 would be no chain.
-    params = {
-      f"Dense_{i}": {"kernel": jnp.ones((3 + i, 4 + i))} for i in range(12)
-    }
-    moved = alignment.permute_mlp(params, [range(n) for n in range(4, 15)])
-    chex.assert_trees_all_equal(moved, params)
-
-  @parameterized.parameters(
-    ([[0]], "got 1 permutations for 2 hidden layers"),
-    ([np.arange(12)] * 2, "layer 'params/Dense_1' is not one of its 16"),
-    ([[0] * 12, np.arange(16)], "each of 0 to 11 once"),
-    ([np.arange(12.0), np.arange(16)], "'params/Dense_0'"),
+def permute(params, permutations, spec=None):
+  spec = spec or alignment.derive_spec(params)
+  return alignment.apply_permutations(
+    spec, params, dict(zip(spec, permutations, strict=True))
   )
-  def test_bad_permutations(self, permutations, message):
-    with self.assertRaisesRegex(ValueError, message):
-      alignment.permute_mlp(init(0), permutations)
 
 
-class AlignMlpTest(parameterized.TestCase):
+class OtAlignTest(parameterized.TestCase):
   @parameterized.product(use_bias=[True, False], wrapped=[True, False])
   def test_a_known_permutation_is_recovered(self, use_bias, wrapped):
     reference = init(0, use_bias)
     if not wrapped:
       reference = reference["params"]
     permutations = random_permutations(1)
-    moved = alignment.permute_mlp(reference, permutations)
-    aligned, info = alignment.align_mlp(reference, moved)
+    moved = permute(reference, permutations)
+    aligned, info = alignment.ot_align(reference, moved)
     chex.assert_trees_all_equal(aligned, reference)
-    for got, permutation in zip(info.permutations, permutations, strict=True):
+    for got, permutation in zip(
+      info.permutations.values(), permutations, strict=True
+    ):
       np.testing.assert_array_equal(got, np.argsort(permutation))
     np.testing.assert_array_equal(info.cost, np.zeros(2))
     np.testing.assert_array_equal(info.converged, [True] * 2)
-    for plan, width in zip(info.plans, WIDTHS, strict=True):
+    for plan, width in zip(info.plans.values(), WIDTHS, strict=True):
       np.testing.assert_allclose(plan.sum(0), np.full(width, 1 / width))
       np.testing.assert_allclose(plan.sum(1), np.full(width, 1 / width))
 
@@ -139,25 +94,25 @@ class AlignMlpTest(parameterized.TestCase):
   def test_of_a_noisy_copy(self, use_bias):
     reference = init(0, use_bias)
     noisy = add_noise(reference, 2, 0.02)
-    moved = alignment.permute_mlp(noisy, random_permutations(1))
-    aligned, _ = alignment.align_mlp(reference, moved)
+    moved = permute(noisy, random_permutations(1))
+    aligned, _ = alignment.ot_align(reference, moved)
     chex.assert_trees_all_equal(aligned, noisy)
 
   @parameterized.parameters(True, False)
   def test_exact_alignment_keeps_the_function(self, use_bias):
     reference, model = init(0, use_bias), init(1, use_bias)
-    aligned, info = alignment.align_mlp(reference, model)
+    aligned, info = alignment.ot_align(reference, model)
     np.testing.assert_allclose(
       forward(aligned, INPUT), forward(model, INPUT), atol=1e-5
     )
     self.assertTrue(np.all(info.cost > 0))
     chex.assert_trees_all_equal(
-      aligned, alignment.permute_mlp(model, info.permutations)
+      aligned, permute(model, info.permutations.values())
     )
 
   def test_layer_by_layer_against_scipy(self):
     reference, model = init(0)["params"], init(1)["params"]
-    _, info = alignment.align_mlp(reference, model)
+    _, info = alignment.ot_align(reference, model)
     before = np.arange(INPUTS)
     for i in range(len(WIDTHS)):
       target, source = reference[f"Dense_{i}"], model[f"Dense_{i}"]
@@ -169,7 +124,7 @@ class AlignMlpTest(parameterized.TestCase):
         np.asarray(target["bias"])[:, None] - np.asarray(source["bias"])
       )
       rows, before = optimize.linear_sum_assignment(cost)
-      np.testing.assert_array_equal(info.permutations[i], before)
+      np.testing.assert_array_equal(info.permutations[f"Dense_{i}"], before)
       np.testing.assert_allclose(
         info.cost[i], cost[rows, before].mean(), rtol=1e-5
       )
@@ -181,75 +136,50 @@ class AlignMlpTest(parameterized.TestCase):
         "Dense_1": {"kernel": jnp.eye(3)},
       }
 
-    _, info = alignment.align_mlp(
+    _, info = alignment.ot_align(
       params([1.0, 2.0, 3.0]), params([3.1, 1.1, 2.1])
     )
-    np.testing.assert_array_equal(info.permutations[0], [1, 2, 0])
+    np.testing.assert_array_equal(info.permutations["Dense_0"], [1, 2, 0])
 
   def test_vmap_over_seeds(self):
     references, models = [init(0), init(1)], [init(2), init(3)]
     stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
-    aligned, info = jax.jit(jax.vmap(alignment.align_mlp))(
+    aligned, info = jax.jit(jax.vmap(alignment.ot_align))(
       stack(*references), stack(*models)
     )
     self.assertEqual(info.converged.shape, (2, 2))
     for i in range(2):
-      one, one_info = alignment.align_mlp(references[i], models[i])
+      one, one_info = alignment.ot_align(references[i], models[i])
       got = jax.tree.map(lambda x: x[i], aligned)  # noqa: B023
       chex.assert_trees_all_equal(got, one)
       np.testing.assert_allclose(info.cost[i], one_info.cost, rtol=1e-6)
 
   def test_jit_is_traced_once_and_equals_no_jit(self):
-    fn = jax.jit(chex.assert_max_traces(alignment.align_mlp, n=1))
+    fn = jax.jit(chex.assert_max_traces(alignment.ot_align, n=1))
     for seed in range(3):
       aligned, info = fn(init(0), init(seed))
-      expected, expected_info = alignment.align_mlp(init(0), init(seed))
+      expected, expected_info = alignment.ot_align(init(0), init(seed))
       chex.assert_trees_all_equal(aligned, expected)
       chex.assert_trees_all_equal(info.permutations, expected_info.permutations)
 
   @parameterized.parameters(True, False)
   def test_sinkhorn_approaches_exact(self, use_bias):
     reference = init(0, use_bias)
-    moved = alignment.permute_mlp(
-      add_noise(reference, 2, 0.01), random_permutations(1)
-    )
-    exact, exact_info = alignment.align_mlp(reference, moved)
-    got, info = alignment.align_mlp(
+    moved = permute(add_noise(reference, 2, 0.01), random_permutations(1))
+    exact, exact_info = alignment.ot_align(reference, moved)
+    got, info = alignment.ot_align(
       reference, moved, solver="sinkhorn", epsilon=1e-3, max_iterations=10_000
     )
     np.testing.assert_array_equal(info.converged, [True] * 2)
     self.assertIsNone(info.permutations)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, moved)
     chex.assert_trees_all_close(got, exact, atol=1e-3)
-    for plan, exact_plan in zip(info.plans, exact_info.plans, strict=True):
-      np.testing.assert_allclose(plan, exact_plan, atol=1e-3)
-
-  def test_sinkhorn_follows_the_formula(self):
-    reference, model = init(0)["params"], init(1)["params"]
-    got, info = alignment.align_mlp(
-      reference, model, solver="sinkhorn", epsilon=0.5
-    )
-    before = np.eye(INPUTS)
-    for i, width in enumerate((*WIDTHS, CLASSES)):
-      after = np.eye(CLASSES)
-      if i < len(WIDTHS):
-        after = np.asarray(info.plans[i], np.float64) * width
-      np.testing.assert_allclose(
-        got[f"Dense_{i}"]["kernel"],
-        before @ model[f"Dense_{i}"]["kernel"] @ after.T,
-        atol=1e-5,
-      )
-      np.testing.assert_allclose(
-        got[f"Dense_{i}"]["bias"],
-        after @ model[f"Dense_{i}"]["bias"],
-        atol=1e-5,
-      )
-      before = after
+    chex.assert_trees_all_close(info.plans, exact_info.plans, atol=1e-3)
 
   def test_sinkhorn_reports_that_it_did_not_converge(self):
     _, info = jax.jit(
       functools.partial(
-        alignment.align_mlp, solver="sinkhorn", epsilon=1e-3, max_iterations=1
+        alignment.ot_align, solver="sinkhorn", epsilon=1e-3, max_iterations=1
       )
     )(init(0), init(1))
     np.testing.assert_array_equal(info.converged, [False] * 2)
@@ -261,7 +191,7 @@ class AlignMlpTest(parameterized.TestCase):
     reference, model = jax.tree.map(
       lambda x: x.astype(jnp.bfloat16), (init(0), init(1))
     )
-    got, info = alignment.align_mlp(reference, model, solver=solver)
+    got, info = alignment.ot_align(reference, model, solver=solver)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, model)
     self.assertEqual(info.cost.dtype, jnp.float32)
 
@@ -275,20 +205,16 @@ class AlignMlpTest(parameterized.TestCase):
       }
       for seed in range(2)
     )
-    aligned, info = alignment.align_mlp(
-      reference, model, layers=["body", "head"]
-    )
+    spec = alignment.derive_spec(reference, layers=["body", "head"])
+    aligned, info = alignment.ot_align(reference, model, spec)
     x = jax.random.normal(jax.random.key(5), (6, 4))
 
     def apply(p):
       return nn.relu(x @ p["body"]["kernel"]) @ p["head"]["kernel"]
 
     np.testing.assert_allclose(apply(aligned), apply(model), atol=1e-5)
-    self.assertLen(info.plans, 1)
+    self.assertEqual(list(info.plans), ["body"])
     self.assertEqual(int(aligned["steps"]), 1)
-    wrapped = [{"params": p} for p in (reference, model)]
-    again, _ = alignment.align_mlp(*wrapped, layers=["body", "head"])
-    chex.assert_trees_all_equal(again["params"], aligned)
 
   def test_nnx_state(self):
     class Net(nnx.Module):
@@ -301,7 +227,7 @@ class AlignMlpTest(parameterized.TestCase):
 
     graph, reference = nnx.split(Net(nnx.Rngs(0)))
     _, model = nnx.split(Net(nnx.Rngs(1)))
-    aligned, _ = alignment.align_mlp(reference, model)
+    aligned, _ = alignment.ot_align(reference, model)
     x = jnp.asarray(INPUT[:, :3], jnp.float32)
     np.testing.assert_allclose(
       nnx.merge(graph, aligned)(x), nnx.merge(graph, model)(x), atol=1e-5
@@ -309,9 +235,9 @@ class AlignMlpTest(parameterized.TestCase):
 
   def test_without_hidden_layers(self):
     params = {"Dense_0": {"kernel": jnp.ones((3, 2))}}
-    aligned, info = alignment.align_mlp(params, params)
+    aligned, info = alignment.ot_align(params, params)
     chex.assert_trees_all_equal(aligned, params)
-    self.assertEqual(info.plans, ())
+    self.assertEqual(info.plans, {})
     self.assertEqual(info.converged.shape, (0,))
 
 
@@ -320,14 +246,14 @@ class OtFusionTest(parameterized.TestCase):
   def test_average_of_reference_and_aligned(self, solver):
     reference, model = init(0), init(1)
     got, info = alignment.ot_fusion(reference, model, weight=0.3, solver=solver)
-    aligned, _ = alignment.align_mlp(reference, model, solver=solver)
+    aligned, _ = alignment.ot_align(reference, model, solver=solver)
     expected = jax.tree.map(lambda x, y: 0.7 * x + 0.3 * y, reference, aligned)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
     self.assertLen(info.plans, 2)
 
   def test_of_permuted_copies_is_the_reference(self):
     reference = init(0)
-    moved = alignment.permute_mlp(reference, random_permutations(3))
+    moved = permute(reference, random_permutations(3))
     got, _ = alignment.ot_fusion(reference, moved)
     chex.assert_trees_all_close(got, reference, rtol=1e-6)
     naive = tree.lerp(reference, moved, 0.5)
@@ -340,7 +266,7 @@ class OtFusionTest(parameterized.TestCase):
     model = jax.tree.map(lambda x: x, reference)
     order = np.asarray([1, 0, 2, 3])
     model["Dense_2"] = jax.tree.map(lambda x: x[..., order], model["Dense_2"])
-    aligned, _ = alignment.align_mlp(reference, model)
+    aligned, _ = alignment.ot_align(reference, model)
     chex.assert_trees_all_equal(aligned, model)
 
   def test_traced_weight_and_vmap(self):
@@ -373,6 +299,372 @@ class OtFusionTest(parameterized.TestCase):
       alignment.ot_fusion(init(0), init(1), weight=jnp.ones(2))
 
 
+def widen(params, owners):
+  """Makes neurons into several copies, by hand: owners[l][g] is g's origin."""
+  params = params.get("params", params)
+  wide = {}
+  before, counts = np.arange(INPUTS), np.ones(INPUTS)
+  for i in range(len(WIDTHS) + 1):
+    layer = params[f"Dense_{i}"]
+    after = owners[i] if i < len(WIDTHS) else np.arange(CLASSES)
+    # The copies of a neuron share its outgoing weights.
+    kernel = np.asarray(layer["kernel"])[before] / counts[before][:, None]
+    wide[f"Dense_{i}"] = {
+      "kernel": jnp.asarray(kernel[:, after], jnp.float32),
+      "bias": layer["bias"][after],
+    }
+    before, counts = after, np.bincount(after)
+  return wide
+
+
+def activations(params, x):
+  """Of the hidden layers, by group; before the ReLU, so that none is dead."""
+  params = params.get("params", params)
+  found = {}
+  for i in range(len(WIDTHS)):
+    layer = params[f"Dense_{i}"]
+    x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+    found[f"Dense_{i}"] = jnp.asarray(x, jnp.float32)
+    x = np.maximum(x, 0)
+  return found
+
+
+class WidthsTest(parameterized.TestCase):
+  """Networks whose neurons are copies of those of a smaller one."""
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(3)
+    self.small = init(0)["params"]
+    self.owners = [rng.permutation(np.repeat(np.arange(n), 2)) for n in WIDTHS]
+    self.wide = widen(self.small, self.owners)
+    np.testing.assert_allclose(
+      forward(self.wide, INPUT), forward(self.small, INPUT), atol=1e-5
+    )
+
+  @parameterized.parameters("weights", "activations")
+  def test_a_widened_copy_is_recovered(self, by):
+    options = {}
+    if by == "activations":
+      acts = activations(self.wide, INPUT), activations(self.small, INPUT)
+      options["activations"] = acts
+    for jit in (False, True):
+      align = functools.partial(alignment.ot_align, by=by, **options)
+      align = jax.jit(align) if jit else align
+      got, info = align(self.wide, self.small)
+      chex.assert_trees_all_close(got, self.wide, atol=1e-6)
+      self.assertIsNone(info.permutations)
+      np.testing.assert_allclose(info.cost, np.zeros(2), atol=1e-9)
+      for owners, plan in zip(self.owners, info.plans.values(), strict=True):
+        expected = np.eye(len(owners) // 2)[owners] / len(owners)
+        np.testing.assert_allclose(plan, expected, atol=1e-7)
+    # And back: the copies are taken together again.
+    back, _ = alignment.ot_align(
+      self.small,
+      self.wide,
+      by=by,
+      **({"activations": acts[::-1]} if options else {}),
+    )
+    chex.assert_trees_all_close(back, self.small, atol=1e-6)
+
+  def test_outgoing_target_multiplies(self):
+    got, _ = alignment.ot_align(self.wide, self.small, outgoing="target")
+    chex.assert_trees_all_close(got["Dense_0"], self.wide["Dense_0"], atol=1e-6)
+    np.testing.assert_allclose(
+      got["Dense_2"]["kernel"], 2 * self.wide["Dense_2"]["kernel"], atol=1e-6
+    )
+    same = [
+      alignment.ot_align(self.small, init(1)["params"], outgoing=outgoing)[0]
+      for outgoing in ("source", "target")
+    ]
+    chex.assert_trees_all_equal(*same)
+
+  def test_uneven_widths(self):
+    # One copy of the first, three of the second, and so on; importance says so.
+    counts = [np.arange(n) % 3 + 1 for n in WIDTHS]
+    owners = [np.repeat(np.arange(len(c)), c) for c in counts]
+    wide = widen(self.small, owners)
+    groups = ("Dense_0", "Dense_1")
+    importance = (
+      {g: np.ones(len(o)) for g, o in zip(groups, owners, strict=True)},
+      dict(zip(groups, counts, strict=True)),
+    )
+    importance = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), importance)
+    got, _ = alignment.ot_align(wide, self.small, importance=importance)
+    chex.assert_trees_all_close(got, wide, atol=1e-5)
+
+  def test_general_plans_against_the_formula(self):
+    reference, model = self.wide, init(1)["params"]
+    rng = np.random.default_rng(0)
+    importance = tuple(
+      {
+        f"Dense_{i}": jnp.asarray(rng.random(k * n) + 0.1, jnp.float32)
+        for i, n in enumerate(WIDTHS)
+      }
+      for k in (2, 1)
+    )
+    for solver in ("exact", "sinkhorn", "unbalanced"):
+      got, info = alignment.ot_align(
+        reference, model, solver=solver, importance=importance, epsilon=0.3
+      )
+      before = np.eye(INPUTS)
+      for i in range(len(WIDTHS) + 1):
+        after = behind = np.eye(CLASSES)
+        if i < len(WIDTHS):
+          plan = np.asarray(info.plans[f"Dense_{i}"], np.float64)
+          a, b = (side[f"Dense_{i}"] for side in importance)
+          if solver == "exact":
+            np.testing.assert_allclose(plan.sum(1), a / a.sum(), atol=1e-6)
+            np.testing.assert_allclose(plan.sum(0), b / b.sum(), atol=1e-6)
+          after = plan / plan.sum(1, keepdims=True)
+          behind = plan / plan.sum(0)
+        kernel = np.asarray(model[f"Dense_{i}"]["kernel"], np.float64)
+        np.testing.assert_allclose(
+          got[f"Dense_{i}"]["kernel"], before @ kernel @ after.T, atol=1e-5
+        )
+        np.testing.assert_allclose(
+          got[f"Dense_{i}"]["bias"],
+          after @ model[f"Dense_{i}"]["bias"],
+          atol=1e-5,
+        )
+        before = behind
+
+  def test_vmap(self):
+    stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
+    models = [init(1)["params"], init(2)["params"]]
+    got, _ = jax.jit(jax.vmap(alignment.ot_align, (None, 0)))(
+      self.wide, stack(*models)
+    )
+    one, _ = alignment.ot_align(self.wide, models[1])
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda x: x[1], got), one, atol=1e-6
+    )
+
+  def test_fusion(self):
+    got, _ = alignment.ot_fusion(self.wide, self.small, weight=0.4)
+    chex.assert_trees_all_close(got, self.wide, atol=1e-6)
+
+
+class ActivationsTest(parameterized.TestCase):
+  def test_recovers_a_permutation(self):
+    reference = init(0)
+    permutations = random_permutations(2)
+    moved = permute(reference, permutations)
+    acts = activations(reference, INPUT), activations(moved, INPUT)
+    aligned, info = alignment.ot_align(
+      reference, moved, by="activations", activations=acts
+    )
+    chex.assert_trees_all_equal(aligned, reference)
+    for got, permutation in zip(
+      info.permutations.values(), permutations, strict=True
+    ):
+      np.testing.assert_array_equal(got, np.argsort(permutation))
+
+  def test_cost_is_the_mean_square(self):
+    reference, model = init(0), init(1)
+    # Positions of a convolution are further examples.
+    acts = [
+      {k: v.reshape(4, 5, -1) for k, v in activations(p, INPUT).items()}
+      for p in (reference, model)
+    ]
+    _, info = alignment.ot_align(
+      reference, model, by="activations", activations=acts
+    )
+    for i, (group, permutation) in enumerate(info.permutations.items()):
+      x, y = (np.asarray(side[group]).reshape(20, -1) for side in acts)
+      cost = np.square(x[:, :, None] - y[:, None]).mean(0)
+      rows, columns = optimize.linear_sum_assignment(cost)
+      np.testing.assert_array_equal(permutation, columns)
+      np.testing.assert_allclose(
+        info.cost[i], cost[rows, columns].mean(), rtol=1e-5
+      )
+
+  def test_norms(self):
+    acts = activations(init(0), INPUT)
+    for group, norms in alignment.activation_norms(acts).items():
+      np.testing.assert_allclose(
+        norms, np.sqrt(np.square(acts[group]).mean(0)), rtol=1e-5
+      )
+
+
+class SpecTest(parameterized.TestCase):
+  """Specifications beyond chains of dense layers."""
+
+  def residual(self, seed, width=5):
+    draw = lambda i, *shape: jax.random.normal(  # noqa: E731
+      jax.random.fold_in(jax.random.key(seed), i), shape
+    )
+    return {
+      "stem": draw(0, 4, width),
+      "up": draw(1, width, 6),
+      "down": draw(2, 6, width),
+      "head": draw(3, width, 2),
+    }
+
+  def apply(self, p, x):
+    x = jnp.maximum(x @ p["stem"], 0)
+    x = x + jnp.maximum(x @ p["up"], 0) @ p["down"]
+    return x @ p["head"]
+
+  spec = {
+    "stream": (
+      Axis("stem", 1),
+      Axis("up", 0, incoming=False),
+      Axis("down", 1),
+      Axis("head", 0, incoming=False),
+    ),
+    "inner": (Axis("up", 1), Axis("down", 0, incoming=False)),
+  }
+
+  def test_residual(self):
+    reference, model = self.residual(0), self.residual(1)
+    aligned, info = alignment.ot_align(reference, model, self.spec)
+    x = jax.random.normal(jax.random.key(5), (6, 4))
+    np.testing.assert_allclose(
+      self.apply(aligned, x), self.apply(model, x), atol=1e-4
+    )
+    # The stream by the stem alone, the inner group by the moved "up".
+    cost = lambda x, y: np.square(x[:, :, None] - y[:, None]).sum(0)  # noqa: E731
+    stream = optimize.linear_sum_assignment(
+      cost(np.asarray(reference["stem"]), np.asarray(model["stem"]))
+    )[1]
+    np.testing.assert_array_equal(info.permutations["stream"], stream)
+    inner = optimize.linear_sum_assignment(
+      cost(np.asarray(reference["up"]), np.asarray(model["up"])[stream])
+    )[1]
+    np.testing.assert_array_equal(info.permutations["inner"], inner)
+
+  def test_several_producers_sum(self):
+    spec = {"inner": self.spec["inner"], "stream": self.spec["stream"]}
+    spec["inner"] = (*spec["inner"], Axis("extra", 1))
+    reference, model = (
+      self.residual(seed) | {"extra": jnp.tile(jnp.arange(6.0), (3, 1))}
+      for seed in range(2)
+    )
+    # "inner" is decided by "extra" alone, which is in order.
+    _, info = alignment.ot_align(reference, model, spec)
+    np.testing.assert_array_equal(info.permutations["inner"], range(6))
+    cost = sum(
+      np.square(
+        np.asarray(reference[name])[:, :, None]
+        - np.asarray(model[name])[:, None]
+      ).sum(0)
+      for name in ("stem", "down")
+    )
+    rows, columns = optimize.linear_sum_assignment(cost)
+    np.testing.assert_array_equal(info.permutations["stream"], columns)
+    np.testing.assert_allclose(
+      info.cost[1], cost[rows, columns].mean(), rtol=1e-5
+    )
+
+  def test_order_of_groups(self):
+    spec = {"inner": self.spec["inner"], "stream": self.spec["stream"]}
+    with self.assertRaisesRegex(ValueError, "no leaf that comes into group"):
+      alignment.ot_align(self.residual(0), self.residual(1), spec)
+
+  def test_blocks_and_batch_stats(self):
+    # A convolution, its statistics, and flattened images, of two widths.
+    def params(width, seed):
+      rng = np.random.default_rng(seed)
+      draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+      return {
+        "batch_stats": {"norm": {"mean": 1e6 * draw(width)}},
+        "conv": {"kernel": draw(2, 2, 1, width)},
+        "dense": {"kernel": draw(3 * width, 2)},
+      }
+
+    spec = {
+      "conv": (
+        Axis("conv/kernel", -1),
+        Axis("batch_stats/norm/mean", 0),
+        Axis("dense/kernel", 0, incoming=False, outer=3),
+      )
+    }
+    reference, model = params(4, 0), params(3, 1)
+    got, info = alignment.ot_align(reference, model, spec)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, reference)
+    self.assertLess(float(info.cost[0]), 1e3)
+    plan = np.asarray(info.plans["conv"])
+    np.testing.assert_allclose(
+      got["dense"]["kernel"].reshape(3, 4, 2),
+      np.einsum(
+        "gj,ojk->ogk", plan * 3, model["dense"]["kernel"].reshape(3, 3, 2)
+      ),
+      atol=1e-5,
+    )
+    np.testing.assert_allclose(
+      got["batch_stats"]["norm"]["mean"],
+      4 * plan @ model["batch_stats"]["norm"]["mean"],
+      rtol=1e-5,
+    )
+
+
+class ApplyPlansTest(parameterized.TestCase):
+  spec = {"hidden": (Axis("a", 1), Axis("b", 0, incoming=False))}
+  params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1)), "c": jnp.arange(2)}
+
+  def test_permutation_matrices(self):
+    params = init(0)["params"]
+    permutations = random_permutations(1)
+    plans = {
+      f"Dense_{i}": np.eye(len(p), dtype=np.float32)[p] / len(p)
+      for i, p in enumerate(permutations)
+    }
+    spec = alignment.derive_spec(params)
+    chex.assert_trees_all_close(
+      alignment.apply_plans(spec, params, plans),
+      permute(params, permutations),
+      rtol=1e-6,
+    )
+    chex.assert_trees_all_equal(alignment.apply_plans(spec, params, {}), params)
+    # The inverse of what ot_align gives back.
+    wide = init(3)["params"]
+    aligned, info = alignment.ot_align(wide, params)
+    chex.assert_trees_all_close(
+      alignment.apply_plans(spec, params, info.plans), aligned, rtol=1e-6
+    )
+
+  def test_marginals(self):
+    plan = jnp.array([[0.2, 0.1, 0.0], [0.0, 0.0, 0.7]])
+    with self.assertRaisesRegex(
+      ValueError, "group 'hidden': column 2 of the plan sums to 0.7"
+    ):
+      alignment.apply_plans(self.spec, self.params, {"hidden": plan})
+    got = alignment.apply_plans(
+      self.spec,
+      self.params,
+      {"hidden": plan},
+      marginals={"hidden": (plan.sum(1), plan.sum(0))},
+    )
+    np.testing.assert_allclose(got["a"], np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_allclose(got["b"], [[2.0], [1.0]], rtol=1e-6)
+    self.assertIs(got["c"], self.params["c"])
+
+  def test_half_types_are_rounded_once(self):
+    params = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16), {"a": jnp.ones((1, 3)), "b": jnp.eye(3)}
+    )
+    got = alignment.apply_plans(
+      self.spec, params, {"hidden": jnp.full((2, 3), 1 / 6)}
+    )
+    self.assertEqual(got["a"].dtype, jnp.bfloat16)
+    np.testing.assert_array_equal(got["a"], np.ones((1, 2)))
+
+  @parameterized.parameters(
+    ({"hidden": np.ones((3, 2))}, {}, r"must have shape \(n, 3\), .*\(3, 2\)"),
+    ({"other": np.ones((3, 3))}, {}, "of group 'other', which the spec"),
+    ({}, {"outgoing": "both"}, "unknown outgoing 'both'; choose one of source"),
+  )
+  def test_errors(self, plans, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      alignment.apply_plans(self.spec, self.params, plans, **options)
+
+  def test_integers(self):
+    spec = {"hidden": (Axis("c", 0),)}
+    with self.assertRaisesRegex(ValueError, "leaf 'c' .* floating-point"):
+      alignment.apply_plans(spec, self.params, {"hidden": np.eye(2) / 2})
+
+
 def dense(*shape, bias=None):
   layer = {"kernel": jnp.ones(shape)}
   return layer if bias is None else layer | {"bias": jnp.ones(bias)}
@@ -380,64 +672,90 @@ def dense(*shape, bias=None):
 
 class ErrorTest(parameterized.TestCase):
   two = {"Dense_0": dense(2, 3), "Dense_1": dense(3, 4)}
+  acts = {"Dense_0": jnp.ones((5, 3))}
 
-  def test_unknown_solver(self):
-    with self.assertRaisesRegex(
-      ValueError, "unknown solver 'emd'; choose one of exact, sinkhorn"
-    ):
-      alignment.align_mlp(self.two, self.two, solver="emd")
+  @parameterized.parameters(
+    ({"solver": "emd"}, "unknown solver 'emd'; choose one of exact, sinkhorn"),
+    ({"by": "name"}, "unknown by 'name'; choose one of weights, activations"),
+    ({"outgoing": "no"}, "unknown outgoing 'no'"),
+    ({"epsilon": 0}, "epsilon must be positive"),
+    ({"solver": "unbalanced", "tau_b": 2.0}, "tau_b must lie in"),
+    ({"by": "activations"}, "activations=.* are needed with"),
+    ({"activations": (acts, acts)}, "only there; got by='weights'"),
+    ({"importance": acts}, "importance must be a pair"),
+    ({"importance": ({"x": np.ones(3)}, {})}, "importance name group 'x'"),
+    (
+      {"importance": ({"Dense_0": np.ones(3)}, {})},
+      "importance of the model lack group 'Dense_0'",
+    ),
+    (
+      {"importance": ({"Dense_0": np.ones(3)}, {"Dense_0": np.ones(2)})},
+      r"'Dense_0' of the model must have shape \(3,\); got \(2,\)",
+    ),
+    (
+      {"importance": ({"Dense_0": np.zeros(3)}, {"Dense_0": np.ones(3)})},
+      "'Dense_0' of the reference must be finite and not negative, and not",
+    ),
+    (
+      {"by": "activations", "activations": ({}, acts)},
+      "activations of the reference lack group 'Dense_0'",
+    ),
+    (
+      {
+        "by": "activations",
+        "activations": (acts, {"Dense_0": jnp.ones((5, 2))}),
+      },
+      r"of the model must have shape \[..., 3\]",
+    ),
+    (
+      {
+        "by": "activations",
+        "activations": (acts, {"Dense_0": jnp.ones((4, 3))}),
+      },
+      "of 5 examples in the reference but 4 in the model",
+    ),
+  )
+  def test_options(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      alignment.ot_align(self.two, self.two, **options)
 
   def test_depth(self):
     three = self.two | {"Dense_2": dense(4, 5)}
-    for a, b, n, m in ((self.two, three, 2, 3), (three, self.two, 3, 2)):
+    for a, b, there, missing in (
+      (self.two, three, "model", "reference"),
+      (three, self.two, "reference", "model"),
+    ):
       with self.assertRaisesRegex(
         tree.TreeMismatchError,
-        f"reference has {n} dense layers but model has {m} .'Dense_2' is one",
+        f"leaf 'Dense_2/kernel' is in {there} but missing from {missing}",
       ):
-        alignment.align_mlp(a, b)
+        alignment.ot_align(a, b)
 
-  def test_width(self):
-    wide = {"Dense_0": dense(2, 5), "Dense_1": dense(5, 4)}
+  def test_outputs(self):
+    other = self.two | {"Dense_1": dense(3, 5)}
     with self.assertRaisesRegex(
       tree.TreeMismatchError,
-      r"leaf 'Dense_0/kernel' has shape \(2, 3\) in reference but \(2, 5\) in"
-      " model; alignment needs equal widths",
+      r"leaf 'Dense_1/kernel' has shape \(3, 4\) in reference but \(3, 5\) in"
+      " model; only the axes of a group may differ",
     ):
-      alignment.align_mlp(self.two, wide)
+      alignment.ot_align(self.two, other)
 
-  def test_bias_in_one_only(self):
-    other = self.two | {"Dense_1": dense(3, 4, bias=4)}
-    with self.assertRaisesRegex(
-      tree.TreeMismatchError, "'Dense_1/bias' is in model but missing from"
-    ):
-      alignment.align_mlp(self.two, other)
+  def test_widths_that_disagree(self):
+    other = {"Dense_0": dense(2, 5), "Dense_1": dense(6, 4)}
+    with self.assertRaisesRegex(alignment.SpecError, "5 neurons .* but 6 in"):
+      alignment.ot_align(self.two, other)
 
   def test_dtype(self):
     other = jax.tree.map(lambda x: x.astype(jnp.float16), self.two)
     with self.assertRaisesRegex(tree.TreeMismatchError, "has dtype float32"):
-      alignment.align_mlp(self.two, other)
+      alignment.ot_align(self.two, other)
 
-  @parameterized.parameters(
-    ({"a": dense(2, 3), "b": dense(4, 5)}, "'a' has 3 outputs but 'b' takes 4"),
-    ({"a": dense(2, 3, bias=4)}, r"'a/bias' .* must have shape \(3,\)"),
-    ({"a": dense(3, 3, 2, 2)}, r"'a/kernel' .* got shape \(3, 3, 2, 2\)"),
-    ({"a": {"kernel": jnp.ones((2, 2), jnp.int32)}}, "must be floating-point"),
-    ({"a": dense(2, 3), "n": {"scale": jnp.ones(3)}}, "leaf 'n/scale' of ref"),
-    ({}, "reference has no dense layer"),
-  )
-  def test_no_chain(self, params, message):
-    with self.assertRaisesRegex(ValueError, message):
-      alignment.align_mlp(params, params)
-
-  @parameterized.parameters(
-    (["Dense_0", "Dense_9"], "layer 'Dense_9' is not in reference; .* Dense_1"),
-    (["Dense_0", "Dense_0"], "names a layer twice"),
-    (["Dense_1", "Dense_0"], "do not form a chain"),
-    ([], "no dense layer"),
-  )
-  def test_layers(self, layers, message):
-    with self.assertRaisesRegex(ValueError, message):
-      alignment.align_mlp(self.two, self.two, layers=layers)
+  def test_not_finite(self):
+    other = self.two | {"Dense_0": {"kernel": jnp.full((2, 3), jnp.nan)}}
+    with self.assertWarnsRegex(RuntimeWarning, "'Dense_0': .* is not finite"):
+      alignment.ot_align(self.two, other)
+    with self.assertRaisesRegex(alignment.ConvergenceError, "not finite"):
+      alignment.ot_align(self.two, other, strict=True)
 
 
 if __name__ == "__main__":
