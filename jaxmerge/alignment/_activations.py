@@ -21,6 +21,7 @@ def flax_activations(
   *,
   kinds: Sequence[type[nn.Module]] = (nn.Dense, nn.Conv),
   inputs: Callable[[PyTree], Any] = lambda batch: batch,
+  layers: Sequence[str] | None = None,
   with_output: bool = False,
   **options: Any,
 ) -> ActivationsFn:
@@ -35,6 +36,8 @@ def flax_activations(
       normalisations, such as ``flax.linen.LayerNorm``, that stand before the
       nonlinearity.
     inputs: What of a batch the module is called with.
+    layers: The names of the layers to return, for instance the groups of a
+      permutation specification that are named as layers; None for all.
     with_output: Whether the layer whose output is the network's is among them.
     **options: Further arguments of the module's call, such as ``train=True``;
       and ``mutable`` of ``module.apply``.
@@ -47,7 +50,7 @@ def flax_activations(
 
   Raises:
     ValueError: If a layer is called more than once, when the function is
-      called, or no layer is of these kinds.
+      called, or no layer is of these kinds, or one of ``layers`` is not.
 
   >>> import jax.numpy as jnp
   >>> module = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -90,6 +93,13 @@ def flax_activations(
       raise ValueError(
         f"the module has no layer of the kinds {names}; name others in kinds"
       )
+    if layers is not None:
+      missing = [name for name in layers if name not in found]
+      if missing:
+        raise ValueError(
+          f"layer '{missing[0]}' is not among the module's: {', '.join(found)}"
+        )
+      return {name: found[name] for name in found if name in layers}
     outputs = {id(leaf) for leaf in jax.tree.leaves(output)}
     return {
       name: value

@@ -35,8 +35,18 @@ def natural(name: str) -> list[tuple[str, int]]:
   ]
 
 
-def _modules(shapes: Shapes) -> dict[str, dict[str, str]]:
-  """For each module, without the collection, its leaves by their last name."""
+def module_leaves(shapes: Shapes) -> dict[str, dict[str, str]]:
+  """For each module, without the collection, its leaves by their last name.
+
+  Args:
+    shapes: The shapes of all leaves by name.
+
+  Returns:
+    For each module the names of its leaves.
+
+  >>> module_leaves({"params/a/kernel": (2, 3), "batch_stats/a/mean": (3,)})
+  {'a': {'kernel': 'params/a/kernel', 'mean': 'batch_stats/a/mean'}}
+  """
   modules: dict[str, dict[str, str]] = {}
   for name in shapes:
     parts = name.split("/")
@@ -131,7 +141,7 @@ def derive_spec(
       tree.leaf_names(params), jax.tree.leaves(params), strict=True
     )
   }
-  modules = _modules(shapes)
+  modules = module_leaves(shapes)
   chain = _layers(modules, shapes, layers)
   spec: dict[str, tuple[_spec.Axis, ...]] = {}
   for name, following in zip(chain[:-1], chain[1:], strict=True):

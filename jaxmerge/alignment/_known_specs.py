@@ -284,7 +284,7 @@ class _Builder:
         tree.leaf_names(params), jax.tree.leaves(params), strict=True
       )
     }
-    self.modules = _derive_spec._modules(self.shapes)
+    self.modules = _derive_spec.module_leaves(self.shapes)
     self._params = params
     self._network = network
     self._num_groups = num_groups
@@ -371,9 +371,8 @@ class _Builder:
     self.leave(module, "bias")
     if writes is not None:
       is_conv = len(shape) == 4
-      if inner is None and is_conv and self._num_groups is not None:
-        inner = self._block(module, shape[-1])
-      inner = inner or 1
+      if inner is None:
+        inner = self._block(module, shape[-1]) if is_conv else 1
       self._inner.setdefault(writes, inner)
       self.put(writes, module, "kernel", len(shape) - 1, inner=inner)
       if self.has(module, "bias"):
@@ -400,7 +399,9 @@ class _Builder:
     return self.shapes[first.leaf][first.axis] // first.outer
 
   def _block(self, module: str, width: int) -> int:
-    groups = self._num_groups or 1
+    groups = self._num_groups
+    if groups is None:
+      return 1
     if groups < 1 or width % groups:
       raise _spec.SpecError(
         f"num_groups={groups} does not divide the {width} channels of layer"

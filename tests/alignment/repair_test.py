@@ -213,6 +213,10 @@ class FlaxActivationsTest(parameterized.TestCase):
       hidden = np.maximum(hidden, 0)
     hidden_only = alignment.flax_activations(model)(params, x)
     self.assertEqual(list(hidden_only), list(found)[:-1])
+    some = alignment.flax_activations(model, layers=["Dense_10", "Dense_2"])
+    self.assertEqual(list(some(params, x)), ["Dense_2", "Dense_10"])
+    with self.assertRaisesRegex(ValueError, "'Conv_0' is not among"):
+      alignment.flax_activations(model, layers=["Conv_0"])(params, x)
 
   def test_names_are_those_of_the_leaves(self):
     model = models.ResNet(depth=8, width=2, num_classes=3)
