@@ -13,12 +13,13 @@ See experiments/configs/landscape.py for the variants.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -249,6 +250,19 @@ def _plane(
   }
 
 
+@contextlib.contextmanager
+def _timed(folder: pathlib.Path) -> Iterator[list[float]]:
+  """Adds to the seconds that earlier runs and parts took, kept in a file."""
+  path = folder / "seconds.json"
+  seconds: list[float] = json.loads(path.read_text()) if path.exists() else []
+  begin = time.perf_counter()
+  try:
+    yield seconds
+  finally:
+    seconds.append(time.perf_counter() - begin)
+    _workdir.write_json(path, seconds)
+
+
 def run(
   config: ml_collections.ConfigDict,
   workdir: str,
@@ -285,10 +299,11 @@ def run(
     }
   )
   with _workdir.open_workdir(workdir, whole) as folder:
-    begin = time.perf_counter()
     paths = _paths(networks, mpf_config.curve.kind)
-    profiles = _profiles(study, paths, config, folder)
-    plane = _plane(study, paths["curve"], config, folder, progress)
+    with _timed(folder):
+      profiles = _profiles(study, paths, config, folder)
+    with _timed(folder) as seconds:
+      plane = _plane(study, paths["curve"], config, folder, progress)
     results = {
       "config": _workdir.as_json(config),
       "mpf": _workdir.as_json(mpf_config),
@@ -298,7 +313,7 @@ def run(
       "plane": plane,
       "versions": _hardware.versions(),
       "hardware": _hardware.hardware(study.num_devices),
-      "seconds": time.perf_counter() - begin,
+      "seconds": sum(seconds),
     }
     _workdir.write_json(folder / "results.json", results)
     _workdir.write_text(folder / "table.md", _landscape_report.table(results))
