@@ -14,6 +14,7 @@ from jaxmerge.alignment._activations import (
 from jaxmerge.alignment._assignment import solve_assignment
 from jaxmerge.alignment._batch_stats import reset_batch_stats
 from jaxmerge.alignment._check_spec import check
+from jaxmerge.alignment._cycle_consistent import cycle_consistent_matching
 from jaxmerge.alignment._derive_spec import derive_spec
 from jaxmerge.alignment._exact import exact_plan
 from jaxmerge.alignment._ground_cost import squared_distances
@@ -23,6 +24,11 @@ from jaxmerge.alignment._known_specs import (
   resnet_spec,
   vgg_spec,
   vit_spec,
+)
+from jaxmerge.alignment._merge_many import (
+  ManyMatchingInfo,
+  merge_many,
+  relative_permutations,
 )
 from jaxmerge.alignment._ot_align import (
   TransportInfo,
@@ -58,6 +64,7 @@ __all__ = (
   "ActivationsFn",
   "Axis",
   "ConvergenceError",
+  "ManyMatchingInfo",
   "MatchingInfo",
   "PermutationSpec",
   "RepairInfo",
@@ -72,15 +79,18 @@ __all__ = (
   "bert_spec",
   "check",
   "check_plan",
+  "cycle_consistent_matching",
   "derive_spec",
   "exact_plan",
   "flax_activations",
   "group_activations",
   "group_sizes",
   "identity_permutations",
+  "merge_many",
   "ot_align",
   "ot_fusion",
   "random_permutations",
+  "relative_permutations",
   "repair",
   "reset_batch_stats",
   "resnet_spec",
