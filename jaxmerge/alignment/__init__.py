@@ -56,6 +56,10 @@ from jaxmerge.alignment._spec import (
   identity_permutations,
   random_permutations,
 )
+from jaxmerge.alignment._straight_through import (
+  StraightThroughInfo,
+  straight_through,
+)
 from jaxmerge.alignment._transport import apply_plans
 from jaxmerge.alignment._weight_matching import weight_matching
 
@@ -69,6 +73,7 @@ __all__ = (
   "PermutationSpec",
   "RepairInfo",
   "SpecError",
+  "StraightThroughInfo",
   "TransportInfo",
   "TransportPlan",
   "activation_matching",
@@ -97,6 +102,7 @@ __all__ = (
   "sinkhorn_plan",
   "solve_assignment",
   "squared_distances",
+  "straight_through",
   "vgg_spec",
   "vit_spec",
   "weight_matching",

@@ -165,7 +165,7 @@ def align_in_turn(
   ]
   # Means of half types are not rounded.
   wide = [
-    _spec.apply_permutations(spec, _widened(model), one)
+    _spec.apply_permutations(spec, _similarity.widened(model), one)
     for model, one in zip(models, permutations, strict=True)
   ]
   objectives = [pairwise_objective(spec, wide, counted)]
@@ -217,17 +217,6 @@ def align_in_turn(
     objectives=np.array(objectives),
     converged=converged,
     n_iters=len(objectives) - 1,
-  )
-
-
-def _widened(params: PyTree) -> PyTree:
-  return jax.tree.map(
-    lambda leaf: (
-      jnp.asarray(leaf).astype(tree.accumulation_dtype(leaf))
-      if tree.is_float(leaf)
-      else leaf
-    ),
-    params,
   )
 
 

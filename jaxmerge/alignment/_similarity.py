@@ -132,6 +132,25 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
   return jnp.isfinite(leaf).all()
 
 
+def widened(params: PyTree) -> PyTree:
+  """Half types in float32, other leaves as they are.
+
+  Args:
+    params: Any pytree.
+
+  Returns:
+    A tree of the same structure.
+  """
+  return jax.tree.map(
+    lambda leaf: (
+      jnp.asarray(leaf).astype(tree.accumulation_dtype(leaf))
+      if tree.is_float(leaf)
+      else leaf
+    ),
+    params,
+  )
+
+
 def parts_of(
   spec: _spec.PermutationSpec, params: PyTree, counted: Sequence[bool]
 ) -> dict[str, list[Part]]:
