@@ -33,6 +33,8 @@ class Study:
     parts: rows of the training set that "a", "b" and "joint" train on, int32
       `[seeds, n]`.
     sizes: number of examples of every part, and of the test set.
+    model: the network's module.
+    normalize: makes a batch of images what the network takes.
     init: makes the initial parameters of all seeds from a stage's keys.
     loss_fn: per-example loss with the accuracy.
     metric_fn: per-example loss and accuracy of a network.
@@ -45,6 +47,8 @@ class Study:
   test: training.Replicated
   parts: dict[str, np.ndarray]
   sizes: dict[str, int]
+  model: Any
+  normalize: Callable[[jax.Array], jax.Array]
   init: Callable[[jax.Array], PyTree]
   loss_fn: Callable[[PyTree, PyTree, jax.Array], Any]
   metric_fn: Callable[[PyTree, PyTree], PyTree]
@@ -207,8 +211,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   )
 
   def logits(params: PyTree, images: jax.Array) -> jax.Array:
-    images = normalize(images)
-    return jnp.asarray(model.apply({"params": params}, images))
+    return jnp.asarray(model.apply({"params": params}, normalize(images)))
 
   def metric_fn(params: PyTree, batch: PyTree) -> PyTree:
     return _classify.metrics(logits(params, batch["image"]), batch["label"])
@@ -234,6 +237,8 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
     ),
     parts=parts,
     sizes=sizes,
+    model=model,
+    normalize=normalize,
     init=jax.jit(init),
     loss_fn=loss_fn,
     metric_fn=metric_fn,

@@ -12,6 +12,12 @@ from jaxmerge.alignment._activations import (
   flax_activations,
 )
 from jaxmerge.alignment._assignment import solve_assignment
+from jaxmerge.alignment._baselines import (
+  keep_first,
+  keep_identity,
+  logit_ensemble,
+  random_alignment,
+)
 from jaxmerge.alignment._batch_stats import reset_batch_stats
 from jaxmerge.alignment._check_spec import check
 from jaxmerge.alignment._cycle_consistent import cycle_consistent_matching
@@ -91,9 +97,13 @@ __all__ = (
   "group_activations",
   "group_sizes",
   "identity_permutations",
+  "keep_first",
+  "keep_identity",
+  "logit_ensemble",
   "merge_many",
   "ot_align",
   "ot_fusion",
+  "random_alignment",
   "random_permutations",
   "relative_permutations",
   "repair",

@@ -1,0 +1,164 @@
+"""Results of the fusion study: table, verdicts, picture, page."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import _mpf_report
+
+LABELS = {
+  "avg": "AVG",
+  "ot_weights": "OT, weights",
+  "ot_activations": "OT, activations",
+  "ot_importance": "OT, activations, importance",
+  "ot_target": "OT, weights, outgoing by target",
+  "sinkhorn": "Sinkhorn, weights",
+  "random": "random alignment",
+}
+
+
+def _means(entries: Sequence[dict[str, Any]]) -> np.ndarray:
+  return np.array([entry["mean"] for entry in entries])
+
+
+def best(entries: Sequence[dict[str, Any]]) -> int:
+  """The proportion of the highest mean, by its index."""
+  return int(_means(entries).argmax())
+
+
+def _at(part: dict[str, Any], method: str, proportions: Sequence[float]) -> str:
+  entries = part["methods"][method]
+  i = best(entries)
+  value = _mpf_report.cell(entries[i]["mean"], entries[i]["std"])
+  return f"{value} at {proportions[i]:g}"
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+  """What the figures say, whichever way they fall."""
+  proportions = results["config"]["proportions"]
+  lines = []
+  for part in results["parts"]:
+    methods = part["methods"]
+    rivals = ["avg"] if "avg" in methods else []
+    rivals.append("random")
+    for method in (name for name in methods if name.startswith("ot_")):
+      found = []
+      for rival in rivals:
+        wins = int((_means(methods[method]) > _means(methods[rival])).sum())
+        found.append(
+          f"above {LABELS[rival]} at {wins} of {len(proportions)} proportions"
+          f" (best {_at(part, method, proportions)} against"
+          f" {_at(part, rival, proportions)})"
+        )
+      small = part["model"]["mean"]
+      over = int((_means(methods[method]) > small).sum())
+      found.append(
+        f"above the aligned network alone ({small:.2f}) at {over} of"
+        f" {len(proportions)}"
+      )
+      lines.append(
+        f"- {part['title']}: {LABELS[method]} is " + ", ".join(found) + "."
+      )
+  return lines
+
+
+def table(results: dict[str, Any]) -> str:
+  """Makes the Markdown tables of a run."""
+  config = results["config"]
+  mpf = config["mpf"]
+  sizes = results["sizes"]
+  lines = [
+    f"Heterogeneous split of {mpf['dataset']}, special class"
+    f" {mpf['special_class']}: A {sizes['a']:,} examples, B {sizes['b']:,},"
+    f" test {sizes['test']:,}.",
+    f"All networks: {mpf['base']['epochs']} epochs, batch {mpf['batch_size']},"
+    f" SGD momentum {mpf['base']['momentum']}, learning rate"
+    f" {mpf['base']['learning_rate']}, no biases; seeds {mpf['seeds']}.",
+    f"Activations: {config['examples']:,} training examples, before the ReLU."
+    f" Sinkhorn: epsilon {config['epsilon']} of the mean cost.",
+    f"Hardware: {results['hardware']}; training took"
+    f" {results['seconds']['training']:.0f} s, fusion and its evaluation"
+    f" {results['seconds']['fusion']:.0f} s.",
+  ]
+  for part in results["parts"]:
+    ends = [
+      _mpf_report.cell(part[end]["mean"], part[end]["std"])
+      for end in ("reference", "model")
+    ]
+    proportions = [f"{w:g}" for w in config["proportions"]]
+    lines += [
+      "",
+      f"## {part['title']}",
+      "",
+      f"Reference {part['names'][0]}: {ends[0]}. Aligned network"
+      f" {part['names'][1]}: {ends[1]}. Its weight:",
+      "",
+      f"| test accuracy % | {' | '.join(proportions)} |",
+      "|---" * (1 + len(proportions)) + "|",
+    ]
+    for method, entries in part["methods"].items():
+      cells = [_mpf_report.cell(e["mean"], e["std"]) for e in entries]
+      lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+  lines += [
+    "",
+    "Mean ± sample standard deviation over the seeds.",
+    "",
+    "## What the figures say",
+    "",
+    *verdicts(results),
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def page(results: dict[str, Any]) -> str:
+  """Makes the results page."""
+  return (
+    "# Optimal transport fusion, equal and unequal widths\n\n"
+    "Made by\n\n"
+    "    python -m experiments.fusion --fusion_page --workdir=runs/fusion \\\n"
+    "      --config=experiments/configs/fusion.py:"
+    f"{results['config']['mpf']['dataset']}-"
+    f"{results['config']['mpf']['network']}\n\n"
+    "from `experiments/results/fusion.json`. B, or the smaller network, is"
+    " aligned to the\nreference and gets the weight that the column names, the"
+    " reference the rest.\nThe smaller network alone is the zero-shot transfer"
+    " baseline.\n\n" + table(results)
+  )
+
+
+def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Draws accuracy against the proportion, a panel a part."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  parts = results["parts"]
+  figure, panels = pyplot.subplots(
+    1, len(parts), figsize=(4.5 * len(parts), 4), layout="constrained"
+  )
+  for axes, part in zip(panels, parts, strict=True):
+    for method, entries in part["methods"].items():
+      axes.errorbar(
+        results["config"]["proportions"],
+        _means(entries),
+        yerr=[entry["std"] or 0 for entry in entries],
+        label=LABELS[method],
+        marker=".",
+        capsize=2,
+      )
+    for end, style in (("reference", ":"), ("model", "--")):
+      axes.axhline(part[end]["mean"], linestyle=style, color="0.5")
+    axes.set_title(part["title"], fontsize="medium")
+    axes.set_xlabel(f"weight of {part['names'][1]}")
+    axes.legend(fontsize="x-small")
+  panels[0].set_ylabel("test accuracy %")
+  path = workdir / "sweep.png"
+  temporary = path.with_name(f".{path.name}")
+  figure.savefig(temporary, format="png", dpi=110)
+  temporary.replace(path)
+  pyplot.close(figure)
