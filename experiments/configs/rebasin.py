@@ -53,7 +53,7 @@ def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
   # The rate falls linearly to this fraction of it, see `training.sgd`.
   config.final_fraction = 1e-3
   config.momentum = 0.9
-  config.weight_decay = 0.0
+  config.weight_decay = 5e-4
   config.epochs = 10
   config.batch_size = 128
   # Random crop after padding by so many pixels, and horizontal flips.
@@ -78,7 +78,6 @@ def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
   if config.network.startswith("resnet"):
     config.learning_rates = (0.1,)
     config.seeds = (0,)
-    config.weight_decay = 5e-4
     config.crop_padding, config.flip = 4, True
     config.methods = METHODS[:4]
   elif config.dataset == "cifar10":

@@ -1,0 +1,141 @@
+"""Results of the barrier study: table, pictures, page."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments import _mpf_report, _workdir
+
+LABELS = {
+  "naive": "as they are",
+  "random": "random permutation",
+  "weights": "weight matching",
+  "activations": "activation matching",
+  "ot_weights": "OT by weights",
+  "ot_activations": "OT by activations",
+  "sinkhorn": "OT by weights, Sinkhorn",
+  "straight_through": "straight-through",
+}
+
+_COLUMNS = (
+  ("barrier_train_loss", "barrier, train loss", 4),
+  ("barrier_test_loss", "barrier, test loss", 4),
+  ("barrier_test_accuracy", "barrier, test accuracy", 2),
+  ("midpoint_test_loss", "midpoint, test loss", 4),
+  ("midpoint_test_accuracy", "midpoint, test accuracy %", 2),
+  ("repaired_test_loss", "with REPAIR, test loss", 4),
+  ("repaired_test_accuracy", "with REPAIR, test accuracy %", 2),
+)
+
+
+def _cell(values: Any, digits: int) -> str:
+  array = np.asarray(values, np.float64)
+  text = f"{array.mean():.{digits}f}"
+  if len(array) > 1:
+    text += f" ± {array.std(ddof=1):.{digits}f}"
+  return text
+
+
+def table(results: dict[str, Any]) -> str:
+  """Makes the Markdown table of a run."""
+  config = results["config"]
+  lines = [
+    f"Barriers, {config['dataset']}, {config['network']}: pairs of networks of"
+    f" seeds {config['seeds']}.",
+    f"SGD, momentum {config['momentum']}, weight decay"
+    f" {config['weight_decay']}, batch {config['batch_size']},"
+    f" {config['epochs']} epochs; the learning rate is constant for half of"
+    f" them and then falls to {config['final_fraction']:g} of itself.",
+    f"Train loss on {config['profile_examples']:,} examples,"
+    f" {config['profile_points']} points on the line. Hardware:"
+    f" {results['hardware']}; training took"
+    f" {sum(results['seconds'].values()) / 60:.1f} minutes.",
+    "",
+    "| learning rate | alignment | "
+    + " | ".join(title for _, title, _ in _COLUMNS)
+    + " |",
+    "|---" * (len(_COLUMNS) + 2) + "|",
+  ]
+  for rate, rows in results["rows"].items():
+    ends = rows[config["methods"][0]]
+    loss, accuracy = (
+      np.asarray(ends[f"ends_test_{metric}"]).mean(axis=-1)
+      for metric in ("loss", "accuracy")
+    )
+    blank = " | ".join("" for _ in range(3))
+    lines.append(
+      f"| {rate.removeprefix('lr-')} | the networks themselves | {blank} |"
+      f" {_cell(loss, 4)} | {_cell(accuracy, 2)} | | |"
+    )
+    for method in config["methods"]:
+      entries = [
+        _cell(rows[method][name], digits) if name in rows[method] else ""
+        for name, _, digits in _COLUMNS
+      ]
+      lines.append(f"| | {LABELS[method]} | " + " | ".join(entries) + " |")
+  lines += ["", "Mean ± sample standard deviation over the pairs."]
+  return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Draws the loss along the line, one panel a learning rate."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  config = results["config"]
+  figure, panels = pyplot.subplots(
+    1,
+    len(results["rows"]),
+    figsize=(4 * len(results["rows"]) + 2, 3.5),
+    layout="constrained",
+    squeeze=False,
+  )
+  for axes, (rate, rows) in zip(
+    panels[0], results["rows"].items(), strict=True
+  ):
+    for method in config["methods"]:
+      profile = rows[method]["profile"]
+      axes.plot(
+        profile["t"],
+        np.mean(profile["test_loss"], axis=0),
+        label=LABELS[method],
+      )
+    axes.set_title(rate.replace("lr-", "learning rate "))
+    axes.set_xlabel("t")
+    axes.set_ylabel("test loss")
+  panels[0][-1].legend(fontsize="small")
+  figure.suptitle(f"{config['dataset']}, {config['network']}")
+  _mpf_report._save(figure, workdir / "profiles.png")
+  pyplot.close(figure)
+
+
+def publish(
+  results: dict[str, Any], results_file: pathlib.Path, page: pathlib.Path
+) -> None:
+  """Adds a run to the results file, and makes the page from the file."""
+  kept = json.loads(results_file.read_text()) if results_file.exists() else {}
+  config = results["config"]
+  kept[f"{config['dataset']}-{config['network']}"] = results
+  _workdir.write_json(results_file, kept)
+  _workdir.write_text(page, render(kept))
+
+
+def render(kept: dict[str, Any]) -> str:
+  """Makes the page from the finished variants."""
+  lines = [
+    "# Barriers between networks trained apart",
+    "",
+    "Made by `python -m experiments.rebasin --publish`; figures from",
+    "`experiments/results/rebasin.json`. A barrier is the largest excess of a",
+    "metric over the line between its values at the ends (Entezari et al.,",
+    "2021); that of the accuracy is in percentage points.",
+  ]
+  for name, results in sorted(kept.items(), reverse=True):
+    lines += ["", f"## {name}", "", table(results).rstrip()]
+  return "\n".join(lines) + "\n"
