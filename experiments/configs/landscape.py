@@ -13,7 +13,7 @@ Expected of mnist-mlpnet, three seeds, on two cores that other work shared, in
 8 minutes: barrier of the straight line in train loss 0.78 ± 0.09, after
 alignment and along the curve 0; between t = 1/4 and 3/4 the line's largest
 train loss is 27.9 ± 0.2 times the curve's. At t = 1 both are B, which has
-never seen the special digit: with the ends it is 1.2 ± 0.1 times.
+hardly seen the special digit: with the ends it is 1.2 ± 0.1 times.
 """
 
 from __future__ import annotations
