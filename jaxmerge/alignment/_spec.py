@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -183,6 +184,12 @@ def take(leaf: Any, axis: Axis, permutation: jax.Array) -> jax.Array:
   >>> print(take(jnp.arange(6), Axis("w", 0, inner=2), jnp.array([2, 0, 1])))
   [4 5 0 1 2 3]
   """
+  # Without what tells layers of one shape apart, so that they share it.
+  return _take(leaf, permutation, axis._replace(leaf="", incoming=True))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaf: Any, permutation: jax.Array, axis: Axis) -> jax.Array:
   array, place = split_axis(leaf, axis)
   return jnp.take(array, permutation, axis=place).reshape(np.shape(leaf))
 

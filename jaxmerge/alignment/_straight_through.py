@@ -158,7 +158,9 @@ def straight_through(
   reference, wide = _similarity.widened(reference), _similarity.widened(model)
   batches = jax.tree.map(jnp.asarray, batches)
   trained, untrained = tree.partition(reference, mask)
-  state = optimizer.init(trained)
+  # Optax relies on the default promotion rules.
+  with jax.numpy_dtype_promotion("standard"):
+    state = optimizer.init(trained)
 
   def evaluate(aligned: PyTree) -> float:
     return float(_mean_loss(reference, aligned, batches, loss_fn=loss_fn))
@@ -276,5 +278,6 @@ def _step(
 
   # Taken at the permuted model and given to the copy: straight through.
   gradient = jax.grad(halfway_loss)(projected)
-  updates, state = optimizer.update(gradient, state, trained)
-  return optax.apply_updates(trained, updates), state
+  with jax.numpy_dtype_promotion("standard"):
+    updates, state = optimizer.update(gradient, state, trained)
+    return optax.apply_updates(trained, updates), state

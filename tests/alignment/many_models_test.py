@@ -138,15 +138,28 @@ class ManyModelsTest(parameterized.TestCase):
     spec = _networks.mlp((3, 4, 2))[1]
     models = [_networks.mlp((3, 4, 2), seed)[0] for seed in range(3)]
     _, info = cycle_consistent(models, spec)
-    orders = [
-      {"hidden_0": np.array(p)} for p in itertools.permutations(range(4))
+    orders = np.array(list(itertools.permutations(range(4))))
+    kernels = [
+      [np.asarray(model[f"Dense_{i}"]["kernel"]) for i in range(2)]
+      for model in models
+    ]
+    biases = [
+      [np.asarray(model[f"Dense_{i}"]["bias"]) for i in range(2)]
+      for model in models
     ]
     moved = [
-      [alignment.apply_permutations(spec, model, p) for p in orders]
-      for model in models[1:]
+      [
+        np.concatenate(
+          [k[0][:, p].ravel(), k[1][p].ravel(), b[0][p], b[1]], dtype=np.float64
+        )
+        for p in orders
+      ]
+      for k, b in zip(kernels, biases, strict=True)
     ]
     values = sorted(
-      pairwise([models[0], a, b]) for a in moved[0] for b in moved[1]
+      moved[0][0] @ a + moved[0][0] @ b + a @ b
+      for a in moved[1]
+      for b in moved[2]
     )
     # Of 576; a local search may miss the first.
     self.assertGreaterEqual(info.objectives[-1], values[-6] - 1e-4)
