@@ -30,38 +30,33 @@ def best(entries: Sequence[dict[str, Any]]) -> int:
   return int(_means(entries).argmax())
 
 
-def _at(part: dict[str, Any], method: str, proportions: Sequence[float]) -> str:
-  entries = part["methods"][method]
-  i = best(entries)
-  value = _mpf_report.cell(entries[i]["mean"], entries[i]["std"])
-  return f"{value} at {proportions[i]:g}"
+def _above(entries: Sequence[dict[str, Any]], rival: Any) -> str:
+  """At how many proportions the mean is above a rival's."""
+  wins = int((_means(entries) > rival).sum())
+  return f"{wins}/{len(entries)}"
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-  """What the figures say, whichever way they fall."""
+  """A table of what the figures say, whichever way they fall."""
   proportions = results["config"]["proportions"]
-  lines = []
+  lines = [
+    "| part | method | best (at weight) | above AVG | above random | above the"
+    " aligned network alone |",
+    "|---" * 6 + "|",
+  ]
   for part in results["parts"]:
     methods = part["methods"]
-    rivals = ["avg"] if "avg" in methods else []
-    rivals.append("random")
-    for method in (name for name in methods if name.startswith("ot_")):
-      found = []
-      for rival in rivals:
-        wins = int((_means(methods[method]) > _means(methods[rival])).sum())
-        found.append(
-          f"above {LABELS[rival]} at {wins} of {len(proportions)} proportions"
-          f" (best {_at(part, method, proportions)} against"
-          f" {_at(part, rival, proportions)})"
-        )
-      small = part["model"]["mean"]
-      over = int((_means(methods[method]) > small).sum())
-      found.append(
-        f"above the aligned network alone ({small:.2f}) at {over} of"
-        f" {len(proportions)}"
-      )
+    for method, entries in methods.items():
+      if method in ("avg", "random"):
+        continue
+      i = best(entries)
+      value = _mpf_report.cell(entries[i]["mean"], entries[i]["std"])
+      avg = _above(entries, _means(methods["avg"])) if "avg" in methods else ""
       lines.append(
-        f"- {part['title']}: {LABELS[method]} is " + ", ".join(found) + "."
+        f"| {part['title']} | {LABELS[method]} | {value} at"
+        f" {proportions[i]:g} | {avg} |"
+        f" {_above(entries, _means(methods['random']))} |"
+        f" {_above(entries, part['model']['mean'])} |"
       )
   return lines
 
@@ -108,6 +103,10 @@ def table(results: dict[str, Any]) -> str:
     "Mean ± sample standard deviation over the seeds.",
     "",
     "## What the figures say",
+    "",
+    "At how many of the proportions the mean is above that of AVG, of random"
+    " alignment,\nand of the aligned network alone (which is the zero-shot"
+    " transfer baseline where it\nis the smaller one).",
     "",
     *verdicts(results),
   ]
