@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from experiments import _fusion_report, _mpf_stages, _mpf_study, fusion
 from experiments.configs import fusion as fusion_config
+from jaxmerge.models import _registry
 
 
 def _config(**changes):
@@ -23,11 +24,35 @@ def _config(**changes):
   return config
 
 
+def _tiny():
+  """Networks of the same names, whose layers share their shapes."""
+  return mock.patch.dict(
+    _registry._MLP_FEATURES, {"mlpnet": (8, 8, 8), "mlplarge": (16, 16, 16)}
+  )
+
+
+def _built_once():
+  """Runs share their studies, so that their programs are compiled once."""
+  build, made = _mpf_study.build, {}
+
+  def kept(config, data_dir):
+    if config.network not in made:
+      made[config.network] = build(config, data_dir)
+    return made[config.network]
+
+  return mock.patch.object(_mpf_study, "build", kept)
+
+
 def _figures(results):
   return {name: results[name] for name in ("config", "sizes", "parts")}
 
 
 class RunTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(_tiny())
+    self.enter_context(_built_once())
+
   def test_run_and_go_on(self):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
       folder = pathlib.Path(name)
