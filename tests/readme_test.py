@@ -41,6 +41,12 @@ class ReadmeTest(absltest.TestCase):
     self.assertIn("[[1.5 0. ]\n [0.  0. ]]", output)
     self.assertIn("kernel (2, 2)", output)
 
+  def test_page_on_alignment(self):
+    output = _run("\n".join(_blocks("docs/alignment.md")), "docs/alignment.md")
+    # The wide network's 600 neurons beside the other's 512.
+    self.assertIn("(600, 512)", output)
+    self.assertEndsWith(output, "True\n")
+
 
 if __name__ == "__main__":
   absltest.main()
