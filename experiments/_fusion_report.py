@@ -30,6 +30,13 @@ def best(entries: Sequence[dict[str, Any]]) -> int:
   return int(_means(entries).argmax())
 
 
+def _ordered(part: dict[str, Any]) -> list[tuple[str, Any]]:
+  """Methods in the order of the labels; JSON keeps none."""
+  return [
+    (name, part["methods"][name]) for name in LABELS if name in part["methods"]
+  ]
+
+
 def _above(entries: Sequence[dict[str, Any]], rival: Any) -> str:
   """At how many proportions the mean is above a rival's."""
   wins = int((_means(entries) > rival).sum())
@@ -46,17 +53,19 @@ def verdicts(results: dict[str, Any]) -> list[str]:
   ]
   for part in results["parts"]:
     methods = part["methods"]
-    for method, entries in methods.items():
-      if method in ("avg", "random"):
-        continue
+    for method, entries in _ordered(part):
       i = best(entries)
       value = _mpf_report.cell(entries[i]["mean"], entries[i]["std"])
-      avg = _above(entries, _means(methods["avg"])) if "avg" in methods else ""
+      counts = [
+        _above(entries, _means(methods[rival]))
+        if rival in methods and rival != method
+        else ""
+        for rival in ("avg", "random")
+      ]
+      counts.append(_above(entries, part["model"]["mean"]))
       lines.append(
         f"| {part['title']} | {LABELS[method]} | {value} at"
-        f" {proportions[i]:g} | {avg} |"
-        f" {_above(entries, _means(methods['random']))} |"
-        f" {_above(entries, part['model']['mean'])} |"
+        f" {proportions[i]:g} | {' | '.join(counts)} |"
       )
   return lines
 
@@ -95,7 +104,7 @@ def table(results: dict[str, Any]) -> str:
       f"| test accuracy % | {' | '.join(proportions)} |",
       "|---" * (1 + len(proportions)) + "|",
     ]
-    for method, entries in part["methods"].items():
+    for method, entries in _ordered(part):
       cells = [_mpf_report.cell(e["mean"], e["std"]) for e in entries]
       lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
   lines += [
@@ -115,21 +124,24 @@ def table(results: dict[str, Any]) -> str:
 
 def page(results: dict[str, Any]) -> str:
   """Makes the results page."""
+  mpf = results["config"]["mpf"]
+  variant = f"{mpf['dataset']}-{mpf['network']}"
   return (
     "# Optimal transport fusion, equal and unequal widths\n\n"
     "Made by\n\n"
     "    python -m experiments.fusion --fusion_page --workdir=runs/fusion \\\n"
-    "      --config=experiments/configs/fusion.py:"
-    f"{results['config']['mpf']['dataset']}-"
-    f"{results['config']['mpf']['network']}\n\n"
-    "from `experiments/results/fusion.json`. B, or the smaller network, is"
-    " aligned to the\nreference and gets the weight that the column names, the"
-    " reference the rest.\nThe smaller network alone is the zero-shot transfer"
-    " baseline.\n\n" + table(results)
+    f"      --config=experiments/configs/fusion.py:{variant}\n\n"
+    "from `experiments/results/fusion.json`. Singh and Jaggi's sweep: one"
+    " network is\naligned to the other, the reference, and averaged with it at"
+    " the weight that the\ncolumn names. Where the widths differ it is the"
+    " smaller one, which alone is the\nzero-shot transfer baseline. The best"
+    " weight is chosen on the test set, for every\nmethod alike.\n\n"
+    "![Test accuracy against the weight of the aligned network]"
+    "(../images/fusion.png)\n\n" + table(results)
   )
 
 
-def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
+def plot(results: dict[str, Any], path: pathlib.Path) -> None:
   """Draws accuracy against the proportion, a panel a part."""
   import matplotlib
 
@@ -141,7 +153,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     1, len(parts), figsize=(4.5 * len(parts), 4), layout="constrained"
   )
   for axes, part in zip(panels, parts, strict=True):
-    for method, entries in part["methods"].items():
+    for method, entries in _ordered(part):
       axes.errorbar(
         results["config"]["proportions"],
         _means(entries),
@@ -156,8 +168,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     axes.set_xlabel(f"weight of {part['names'][1]}")
     axes.legend(fontsize="x-small")
   panels[0].set_ylabel("test accuracy %")
-  path = workdir / "sweep.png"
   temporary = path.with_name(f".{path.name}")
-  figure.savefig(temporary, format="png", dpi=110)
+  figure.savefig(temporary, format="png", dpi=80)
   temporary.replace(path)
   pyplot.close(figure)

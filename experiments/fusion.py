@@ -42,7 +42,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _PAGE = flags.DEFINE_bool(
   "fusion_page",
   False,
-  "Write experiments/results/fusion.json and docs/results/fusion.md, too.",
+  "Write experiments/results/fusion.json, its page and picture in docs/, too.",
 )
 
 # For the draws of examples and of random alignments.
@@ -293,7 +293,7 @@ def run(
     }
     _workdir.write_json(folder / "results.json", results)
     _workdir.write_text(folder / "table.md", _fusion_report.table(results))
-    _fusion_report.plot(results, folder)
+    _fusion_report.plot(results, folder / "sweep.png")
   return results
 
 
@@ -318,10 +318,18 @@ def main(argv: Sequence[str]) -> None:
   print(_fusion_report.table(results))
   print(f"Files and pictures: {flag.workdir}")
   if _PAGE.value:
-    _workdir.write_json(_ROOT / "experiments/results/fusion.json", results)
-    _workdir.write_text(
-      _ROOT / "docs/results/fusion.md", _fusion_report.page(results)
-    )
+    publish(results)
+
+
+def publish(results: dict[str, Any], root: pathlib.Path = _ROOT) -> None:
+  """Writes the results, the page made from them, and its picture."""
+  for folder in ("experiments/results", "docs/results", "docs/images"):
+    (root / folder).mkdir(parents=True, exist_ok=True)
+  _workdir.write_json(root / "experiments/results/fusion.json", results)
+  _workdir.write_text(
+    root / "docs/results/fusion.md", _fusion_report.page(results)
+  )
+  _fusion_report.plot(results, root / "docs/images/fusion.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ The variant is `<dataset>-<net>[-smoke]`: `dataset` as in configs/mpf.py, `net`
 is the smaller network, mlpnet or mlplarge; the larger one, mlplarge or mlphuge,
 is about twice as wide. `smoke` is a run of seconds.
 
-Expected, on two cores: see docs/results/fusion.md.
+Expected of mnist-mlpnet, three seeds, test accuracy in per cent: equal widths,
+OT by weights 96.4 at its best weight, average 95.8; smaller B (88.9) into
+larger A 96.6. 16 minutes on two busy cores; see docs/results/fusion.md.
 """
 
 from __future__ import annotations

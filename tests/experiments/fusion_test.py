@@ -69,7 +69,9 @@ class RunTest(absltest.TestCase):
         self.assertTrue((folder / file).exists(), file)
       kept = json.loads((folder / "results.json").read_text())
       self.assertEqual(kept, json.loads(json.dumps(results)))
-      page = _fusion_report.page(results)
+      fusion.publish(kept, folder)
+      self.assertTrue((folder / "docs/images/fusion.png").exists())
+      page = (folder / "docs/results/fusion.md").read_text()
       self.assertIn("fusion.py:digits-mlpnet\n", page)
       self.assertIn("| OT, weights |", page)
       # The networks are found again; the same figures come out.
@@ -115,13 +117,15 @@ class ReportTest(absltest.TestCase):
     }
 
   def test_verdicts(self):
-    (line,) = _fusion_report.verdicts(self.results([65.0, 45.0]))[2:]
+    avg, ot, random = _fusion_report.verdicts(self.results([65.0, 45.0]))[2:]
+    self.assertEqual(avg, "| Equal | AVG | 60.00 at 0.3 |  | 1/2 | 1/2 |")
     self.assertEqual(
-      line, "| Equal | OT, weights | 65.00 at 0.3 | 2/2 | 1/2 | 1/2 |"
+      ot, "| Equal | OT, weights | 65.00 at 0.3 | 2/2 | 1/2 | 1/2 |"
     )
-    (line,) = _fusion_report.verdicts(self.results([5.0, 30.0]))[2:]
+    self.assertIn("| 90.00 at 0.7 | 1/2 |  | 1/2 |", random)
+    ot = _fusion_report.verdicts(self.results([5.0, 30.0]))[3]
     self.assertEqual(
-      line, "| Equal | OT, weights | 30.00 at 0.7 | 0/2 | 0/2 | 0/2 |"
+      ot, "| Equal | OT, weights | 30.00 at 0.7 | 0/2 | 0/2 | 0/2 |"
     )
 
 
