@@ -129,7 +129,7 @@ def page(results: dict[str, Any]) -> str:
   return (
     "# Optimal transport fusion, equal and unequal widths\n\n"
     "Made by\n\n"
-    "    python -m experiments.fusion --fusion_page --workdir=runs/fusion \\\n"
+    "    python -m experiments.fusion --publish --workdir=runs/fusion \\\n"
     f"      --config=experiments/configs/fusion.py:{variant}\n\n"
     "from `experiments/results/fusion.json`. Singh and Jaggi's sweep: one"
     " network is\naligned to the other, the reference, and averaged with it at"

@@ -29,6 +29,7 @@ from experiments import (
   _mpf_report,
   _mpf_stages,
   _mpf_study,
+  _publish,
   _workdir,
   mpf,
 )
@@ -39,11 +40,6 @@ PyTree = Any
 _ROOT = pathlib.Path(__file__).parent.parent
 
 # --config, --workdir, --data_dir and --progress are those of experiments.mpf.
-_PAGE = flags.DEFINE_bool(
-  "fusion_page",
-  False,
-  "Write experiments/results/fusion.json, its page and picture in docs/, too.",
-)
 
 # For the draws of examples and of random alignments.
 _EXAMPLES_STAGE, _RANDOM_STAGE = 100, 101
@@ -317,7 +313,7 @@ def main(argv: Sequence[str]) -> None:
   results = run(flag.config, str(flag.workdir), flag.data_dir, flag.progress)
   print(_fusion_report.table(results))
   print(f"Files and pictures: {flag.workdir}")
-  if _PAGE.value:
+  if _publish.PUBLISH.value:
     publish(results)
 
 

@@ -34,6 +34,7 @@ from experiments import (
   _landscape_report,
   _mpf_stages,
   _mpf_study,
+  _publish,
   _workdir,
   mpf,
 )
@@ -46,12 +47,6 @@ _ROOT = pathlib.Path(__file__).parent.parent
 # --config, --workdir, --data_dir and --progress are those of experiments.mpf.
 _MPF_WORKDIR = flags.DEFINE_string(
   "mpf_workdir", None, "Folder of the run of experiments.mpf."
-)
-_PUBLISH = flags.DEFINE_bool(
-  "publish",
-  False,
-  "Keep the figures in experiments/results and docs/results, and the picture "
-  "in docs/images.",
 )
 
 # A and B, the curve's control points; the alignment is looked at if it is
@@ -355,7 +350,7 @@ def main(argv: Sequence[str]) -> None:
   results = run(
     flag.config, flag.workdir, _MPF_WORKDIR.value, flag.data_dir, flag.progress
   )
-  if _PUBLISH.value:
+  if _publish.PUBLISH.value:
     publish(results, pathlib.Path(flag.workdir))
   print(_landscape_report.table(results))
   print(f"Files and pictures: {flag.workdir}")

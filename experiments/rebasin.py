@@ -23,31 +23,22 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import (
   _cli,
   _hardware,
+  _publish,
   _rebasin_methods,
   _rebasin_report,
   _rebasin_study,
   _stage,
   _workdir,
+  mpf,
 )
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file and variant, path:variant."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "Folder of prepared TFDS data sets."
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars.")
-_PUBLISH = flags.DEFINE_bool(
-  "publish", False, "Put the results into experiments/results and docs/results."
-)
+# --config, --workdir, --data_dir and --progress are those of experiments.mpf.
 
 
 def run(
@@ -125,20 +116,12 @@ def main(argv: Sequence[str]) -> None:
   """Runs the study that the flags describe, and prints its table."""
   if len(argv) > 1:
     raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
-  for flag, example in (
-    (_CONFIG, "experiments/configs/rebasin.py:mnist-mlp512"),
-    (_WORKDIR, "runs/rebasin-mnist"),
-  ):
-    if flag.value is None:
-      raise ValueError(
-        f"--{flag.name} is missing, for instance --{flag.name}={example}."
-      )
-  results = run(
-    _CONFIG.value, str(_WORKDIR.value), _DATA_DIR.value, _PROGRESS.value
-  )
+  mpf.require_flags("config", "workdir")
+  flag = flags.FLAGS
+  results = run(flag.config, str(flag.workdir), flag.data_dir, flag.progress)
   print(_rebasin_report.table(results))
-  print(f"Files and pictures: {_WORKDIR.value}")
-  if _PUBLISH.value:
+  print(f"Files and pictures: {flag.workdir}")
+  if _publish.PUBLISH.value:
     _rebasin_report.publish(
       results,
       _ROOT / "experiments/results/rebasin.json",

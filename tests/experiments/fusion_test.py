@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from experiments import _fusion_report, _mpf_stages, _mpf_study, fusion
 from experiments.configs import fusion as fusion_config
+from jaxmerge import models
 from jaxmerge.models import _registry
 
 
@@ -26,9 +27,11 @@ def _config(**changes):
 
 def _tiny():
   """Networks of the same names, whose layers share their shapes."""
-  return mock.patch.dict(
-    _registry._MLP_FEATURES, {"mlpnet": (8, 8, 8), "mlplarge": (16, 16, 16)}
-  )
+  small = {
+    name: (models.MLP, {"features": features})
+    for name, features in (("mlpnet", (8, 8, 8)), ("mlplarge", (16, 16, 16)))
+  }
+  return mock.patch.dict(_registry._NETWORKS, small)
 
 
 def _built_once():
