@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -116,14 +117,25 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
 
 
 def publish(
-  results: dict[str, Any], results_file: pathlib.Path, page: pathlib.Path
+  results: dict[str, Any], workdir: pathlib.Path, root: pathlib.Path
 ) -> None:
-  """Adds a run to the results file, and makes the page from the file."""
+  """Adds a run to the results file; makes the page, and keeps the picture.
+
+  Args:
+    results: what results.json holds.
+    workdir: folder of the run.
+    root: the folder with experiments/ and docs/.
+  """
+  results_file = root / "experiments/results/rebasin.json"
   kept = json.loads(results_file.read_text()) if results_file.exists() else {}
   config = results["config"]
-  kept[f"{config['dataset']}-{config['network']}"] = results
+  name = f"{config['dataset']}-{config['network']}"
+  kept[name] = results
   _workdir.write_json(results_file, kept)
-  _workdir.write_text(page, render(kept))
+  _workdir.write_text(root / "docs/results/rebasin.md", render(kept))
+  picture = root / f"docs/images/rebasin-{name}.png"
+  picture.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(workdir / "profiles.png", picture)
 
 
 def render(kept: dict[str, Any]) -> str:
@@ -134,8 +146,12 @@ def render(kept: dict[str, Any]) -> str:
     "Made by `python -m experiments.rebasin --publish`; figures from",
     "`experiments/results/rebasin.json`. A barrier is the largest excess of a",
     "metric over the line between its values at the ends (Entezari et al.,",
-    "2021); that of the accuracy is in percentage points.",
+    "2021); that of the accuracy is in percentage points. Sinkhorn's plans mix",
+    "neurons, so that its aligned end is another, worse network: compare its",
+    "midpoint, not its barrier. With batch normalisation the statistics are",
+    "estimated anew along the line, and REPAIR is the same in its middle.",
   ]
   for name, results in sorted(kept.items(), reverse=True):
     lines += ["", f"## {name}", "", table(results).rstrip()]
+    lines += ["", f"![Test loss along the line](../images/rebasin-{name}.png)"]
   return "\n".join(lines) + "\n"

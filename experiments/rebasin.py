@@ -122,11 +122,7 @@ def main(argv: Sequence[str]) -> None:
   print(_rebasin_report.table(results))
   print(f"Files and pictures: {flag.workdir}")
   if _publish.PUBLISH.value:
-    _rebasin_report.publish(
-      results,
-      _ROOT / "experiments/results/rebasin.json",
-      _ROOT / "docs/results/rebasin.md",
-    )
+    _rebasin_report.publish(results, pathlib.Path(flag.workdir), _ROOT)
 
 
 if __name__ == "__main__":

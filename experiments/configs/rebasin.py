@@ -6,6 +6,10 @@
 The variant is `<dataset>-<net>[-smoke]`: `net` is a name that
 `jaxmerge.models.names` knows, such as mlp512 (3 x 512 with biases) or resnet20;
 `smoke` is a run of seconds.
+
+Expected on two cores (barrier of the train loss after weight matching):
+  mnist-mlp512           0.011 ± 0.001 at learning rate 0.1 (as they are 1.51),
+                         0.39 at 0.01 (1.31), 1.18 at 0.001 (1.55); 40 minutes
 """
 
 from __future__ import annotations

@@ -74,10 +74,15 @@ class RebasinTest(parameterized.TestCase):
     self.assertEqual((kept / "naive.json").stat().st_mtime_ns, before)
     self.assertEqual(_figures(again), _figures(results))
     # The page holds the run.
-    file, page = self.folder / "all.json", self.folder / "page.md"
-    _rebasin_report.publish(results, file, page)
-    self.assertIn("digits-mlp512", json.loads(file.read_text()))
-    self.assertIn("weight matching", page.read_text())
+    _rebasin_report.publish(results, self.folder / "run", self.folder)
+    kept = json.loads(
+      (self.folder / "experiments/results/rebasin.json").read_text()
+    )
+    self.assertIn("digits-mlp512", kept)
+    page = (self.folder / "docs/results/rebasin.md").read_text()
+    self.assertIn("weight matching", page)
+    picture = self.folder / "docs/images/rebasin-digits-mlp512.png"
+    self.assertTrue(picture.exists())
 
   def test_batch_norm(self):
     config = _config(
