@@ -153,6 +153,9 @@ def measure(
   seconds = (time.perf_counter() - begin) / len(pairs)
   aligned = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
   figures = _line(study, first, aligned)
+  if config.repair and study.reset_fn is not None:
+    repaired = _line(study, first, aligned, study.reset_fn)
+    figures |= {f"repaired_{name}": value for name, value in repaired.items()}
   merged = merging.average([first, aligned])
   figures |= _judge(study, merged, "midpoint")
   if config.repair:
@@ -163,12 +166,12 @@ def measure(
 
 
 def _line(
-  study: _rebasin_study.Study, first: PyTree, second: PyTree
+  study: _rebasin_study.Study,
+  first: PyTree,
+  second: PyTree,
+  prepare: Callable[[PyTree], PyTree] | None = None,
 ) -> dict[str, Any]:
-  """Loss and accuracy along the line, and its barriers.
-
-  BatchNorm statistics are estimated anew at every point.
-  """
+  """Loss and accuracy along the line, and its barriers."""
   line = curves.BezierCurve.through(first, second)
   figures: dict[str, Any] = {}
   profiles: dict[str, Any] = {}
@@ -181,7 +184,7 @@ def _line(
       line,
       data,
       study.config.profile_points,
-      prepare=study.reset_fn,
+      prepare=prepare,
       seed_axis=True,
       indices=rows,
     )

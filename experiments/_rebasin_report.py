@@ -28,8 +28,9 @@ _COLUMNS = (
   ("barrier_test_accuracy", "barrier, test accuracy", 2),
   ("midpoint_test_loss", "midpoint, test loss", 4),
   ("midpoint_test_accuracy", "midpoint, test accuracy %", 2),
-  ("repaired_test_loss", "with REPAIR, test loss", 4),
-  ("repaired_test_accuracy", "with REPAIR, test accuracy %", 2),
+  ("repaired_barrier_test_loss", "with REPAIR, barrier, test loss", 4),
+  ("repaired_test_loss", "with REPAIR, midpoint, test loss", 4),
+  ("repaired_test_accuracy", "with REPAIR, midpoint, test accuracy %", 2),
 )
 
 
@@ -44,6 +45,13 @@ def _cell(values: Any, digits: int) -> str:
 def table(results: dict[str, Any]) -> str:
   """Makes the Markdown table of a run."""
   config = results["config"]
+  known = {
+    name
+    for rows in results["rows"].values()
+    for row in rows.values()
+    for name in row
+  }
+  columns = [column for column in _COLUMNS if column[0] in known]
   lines = [
     f"Barriers, {config['dataset']}, {config['network']}: pairs of networks of"
     f" seeds {config['seeds']}.",
@@ -57,25 +65,29 @@ def table(results: dict[str, Any]) -> str:
     f" {sum(results['seconds'].values()) / 60:.1f} minutes.",
     "",
     "| learning rate | alignment | "
-    + " | ".join(title for _, title, _ in _COLUMNS)
+    + " | ".join(title for _, title, _ in columns)
     + " |",
-    "|---" * (len(_COLUMNS) + 2) + "|",
+    "|---" * (len(columns) + 2) + "|",
   ]
   for rate, rows in results["rows"].items():
+    # The ends are those of every method that keeps the networks' functions.
     ends = rows[config["methods"][0]]
-    loss, accuracy = (
-      np.asarray(ends[f"ends_test_{metric}"]).mean(axis=-1)
-      for metric in ("loss", "accuracy")
-    )
-    blank = " | ".join("" for _ in range(3))
+    entries = []
+    for name, _, digits in columns:
+      end = ends.get(name.replace("midpoint", "ends"))
+      if name.startswith("midpoint") and end is not None:
+        entries.append(_cell(np.mean(end, axis=-1), digits))
+      else:
+        entries.append("")
     lines.append(
-      f"| {rate.removeprefix('lr-')} | the networks themselves | {blank} |"
-      f" {_cell(loss, 4)} | {_cell(accuracy, 2)} | | |"
+      f"| {rate.removeprefix('lr-')} | the networks themselves | "
+      + " | ".join(entries)
+      + " |"
     )
     for method in config["methods"]:
       entries = [
         _cell(rows[method][name], digits) if name in rows[method] else ""
-        for name, _, digits in _COLUMNS
+        for name, _, digits in columns
       ]
       lines.append(f"| | {LABELS[method]} | " + " | ".join(entries) + " |")
   lines += ["", "Mean ± sample standard deviation over the pairs."]
@@ -148,8 +160,9 @@ def render(kept: dict[str, Any]) -> str:
     "metric over the line between its values at the ends (Entezari et al.,",
     "2021); that of the accuracy is in percentage points. Sinkhorn's plans mix",
     "neurons, so that its aligned end is another, worse network: compare its",
-    "midpoint, not its barrier. With batch normalisation the statistics are",
-    "estimated anew along the line, and REPAIR is the same in its middle.",
+    "midpoint, not its barrier. REPAIR gives the middle the activation",
+    "statistics of the ends; with batch normalisation it is an estimate of the",
+    "running statistics from data, made anew at every point of the line.",
   ]
   for name, results in sorted(kept.items(), reverse=True):
     lines += ["", f"## {name}", "", table(results).rstrip()]

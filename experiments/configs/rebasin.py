@@ -41,15 +41,15 @@ def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
   Raises:
     ValueError: the variant is not of that form.
   """
-  parts = variant.split("-")
-  flavour = parts[2] if len(parts) == 3 else ""
-  if len(parts) not in (2, 3) or flavour not in ("", "smoke"):
+  smoke = variant.endswith("-smoke")
+  dataset, _, network = variant.removesuffix("-smoke").partition("-")
+  if not dataset or not network:
     raise ValueError(
       f"Unknown variant {variant!r}. The form is <dataset>-<net>[-smoke], for "
       "instance mnist-mlp512."
     )
   config = ml_collections.ConfigDict()
-  config.dataset, config.network = parts[:2]
+  config.dataset, config.network = dataset, network
   # Each seed is a pair of networks, trained from different random numbers.
   config.seeds = (0, 1, 2)
   # A barrier is a property of the optimiser and of its learning rate.
@@ -94,7 +94,7 @@ def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
     config.learning_rates = (0.1, 0.01)
   if config.dataset == "digits":
     config.batch_size = 64
-  if flavour == "smoke":
+  if smoke:
     config.seeds = (0, 1)
     config.learning_rates = (0.1,)
     config.epochs = 2

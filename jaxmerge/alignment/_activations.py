@@ -19,7 +19,7 @@ ActivationsFn = Callable[[PyTree, PyTree], Mapping[str, jax.Array]]
 def flax_activations(
   module: nn.Module,
   *,
-  kinds: Sequence[type[nn.Module]] = (nn.Dense, nn.Conv),
+  kinds: Sequence[type[nn.Module]] = (nn.Dense, nn.DenseGeneral, nn.Conv),
   inputs: Callable[[PyTree], Any] = lambda batch: batch,
   layers: Sequence[str] | None = None,
   with_output: bool = False,

@@ -23,8 +23,11 @@ def group_activations(
   """What each group's neurons do, from the outputs of the layers before them.
 
   A group whose neurons are the outputs of several layers, as the channels of a
-  residual stream, gets the outputs of all of them, one after the other; one
-  whose neurons have several outputs, as attention heads, gets each of them.
+  residual stream, gets the outputs of all of them, one after the other, each
+  less the channels' means and divided by the layer's root mean square: else
+  what differs from layer to layer would hide what differs from neuron to
+  neuron. One whose neurons have several outputs, as attention heads, gets each
+  of them.
 
   Args:
     spec: The specification.
@@ -84,5 +87,15 @@ def group_activations(
         f" {', '.join(layers)}, and there are activations of"
         f" {', '.join(activations)}"
       )
+    if len(parts) > 1:
+      parts = [_standardize(part) for part in parts]
     found[group] = jnp.concatenate(parts)
   return found
+
+
+def _standardize(rows: jax.Array) -> jax.Array:
+  """Takes off the columns' means, and the scale of the whole."""
+  rows = rows.astype(tree.accumulation_dtype(rows))
+  rows = rows - rows.mean(axis=0, keepdims=True)
+  scale = jnp.sqrt(jnp.mean(jnp.square(rows)))
+  return rows / jnp.where(scale > 0, scale, 1)

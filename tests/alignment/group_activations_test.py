@@ -36,9 +36,16 @@ class GroupActivationsTest(absltest.TestCase):
       "flat": _draw(7, 6),
     }
     got = alignment.group_activations(SPEC, PARAMS, activations)
-    np.testing.assert_array_equal(
+    parts = [
+      np.asarray(activations[name]).astype(np.float64).reshape(-1, 3)
+      for name in ("a", "b")
+    ]
+    parts = [part - part.mean(axis=0) for part in parts]
+    np.testing.assert_allclose(
       got["stream"],
-      np.concatenate([activations["a"], np.reshape(activations["b"], (-1, 3))]),
+      np.concatenate([part / part.std() for part in parts]),
+      rtol=1e-4,
+      atol=1e-6,
     )
     np.testing.assert_array_equal(
       got["heads"],
@@ -50,6 +57,29 @@ class GroupActivationsTest(absltest.TestCase):
       .reshape(7, 2, 3)
       .swapaxes(1, 2)
       .reshape(-1, 2),
+    )
+
+  def test_offsets_of_layers_do_not_hide_the_neurons(self):
+    # The same signals in both layers, shuffled; one layer is shifted.
+    n, order = 16, np.random.default_rng(1).permutation(16)
+    params = {name: {"kernel": jnp.ones((2, n))} for name in ("a", "b")}
+    spec = {"stream": (Axis("a/kernel", 1), Axis("b/kernel", 1))}
+    signals = {"a": np.asarray(_draw(50, n)), "b": np.asarray(_draw(51, n))}
+    # A channel's shift is not that of the channel that it is matched to.
+    shifts = {"a": np.zeros(n), "b": 5 * np.asarray(_draw(n))}
+    first, second = (
+      {
+        name: jnp.asarray(values[:, places] + shifts[name], jnp.float32)
+        for name, values in signals.items()
+      }
+      for places in (np.arange(n), order)
+    )
+    got = [
+      alignment.group_activations(spec, params, one) for one in (first, second)
+    ]
+    _, info = alignment.activation_matching(*got, params, spec)
+    np.testing.assert_array_equal(
+      info.permutations["stream"], np.argsort(order)
     )
 
   def test_errors(self):

@@ -92,11 +92,15 @@ class RebasinTest(parameterized.TestCase):
     )
     results = rebasin.run(config, str(self.folder / "run"), progress=False)
     for row in results["rows"]["lr-0.1"].values():
-      # Along the line statistics are estimated anew, as REPAIR does it.
-      np.testing.assert_allclose(
-        np.array(row["profile"]["test_loss"])[:, 1],
-        row["repaired_test_loss"],
-        rtol=1e-3,
+      for before, name in (("", "midpoint"), ("repaired_", "repaired")):
+        np.testing.assert_allclose(
+          np.array(row[f"{before}profile"]["test_loss"])[:, 1],
+          row[f"{name}_test_loss"],
+          rtol=1e-3,
+        )
+      # The average of the ends' statistics is far from the middle's.
+      self.assertLess(
+        row["repaired_test_loss"][0], row["midpoint_test_loss"][0]
       )
       self.assertTrue(np.isfinite(row["midpoint_test_loss"]).all())
 
@@ -116,9 +120,14 @@ class RebasinTest(parameterized.TestCase):
     self.assertFalse((self.folder / "run").exists())
 
   def test_bad_variants(self):
-    for variant in ("mnist", "mnist-mlp512-paper"):
+    for variant in ("mnist", "-mlp512"):
       with self.assertRaisesRegex(ValueError, "Unknown variant"):
         rebasin_config.get_config(variant)
+
+  def test_names_with_hyphens(self):
+    config = rebasin_config.get_config("cifar10-vit-tiny-smoke")
+    self.assertEqual((config.dataset, config.network), ("cifar10", "vit-tiny"))
+    self.assertLen(config.seeds, 2)
 
   def test_every_method_is_there(self):
     self.assertEqual(
