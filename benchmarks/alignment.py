@@ -22,8 +22,11 @@ SECTIONS = {
   "landscape": "benchmarks.landscape",
 }
 
-_SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Which ones.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Small problems, for seconds.")
+
+def define_flags() -> None:
+  """Defines the flags, for a run of this module alone."""
+  flags.DEFINE_list("sections", list(SECTIONS), "Which ones.")
+  flags.DEFINE_bool("smoke", False, "Small problems, for seconds.")
 
 
 def commands(sections: list[str], smoke: bool) -> list[list[str]]:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   failed = []
-  for command in commands(_SECTIONS.value, _SMOKE.value):
+  for command in commands(flags.FLAGS.sections, flags.FLAGS.smoke):
     print(f"== {command[2]}", flush=True)
     # What a section lacks, PyTorch say, is no reason to leave out the others.
     if subprocess.run(command, check=False).returncode:
@@ -53,4 +56,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

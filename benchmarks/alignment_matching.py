@@ -41,11 +41,14 @@ PyTree = Any
 
 TOLERANCE = 1e-6
 
-_SMOKE = flags.DEFINE_bool("smoke", False, "Tiny networks, for seconds.")
-_NETWORKS = flags.DEFINE_list("networks", ["mlphuge", "vit"], "Which ones.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Turns.", lower_bound=1)
-_MAX_SWEEPS = flags.DEFINE_integer("max_sweeps", 100, "Sweeps at most.")
-_OUT = flags.DEFINE_string("out", None, "Writes the JSON here, too.")
+
+def define_flags() -> None:
+  """Defines the flags, for a run of this module alone."""
+  flags.DEFINE_bool("smoke", False, "Tiny networks, for seconds.")
+  flags.DEFINE_list("networks", ["mlphuge", "vit"], "Which ones.")
+  flags.DEFINE_integer("repeats", 3, "Turns.", lower_bound=1)
+  flags.DEFINE_integer("max_sweeps", 100, "Sweeps at most.")
+  flags.DEFINE_string("out", None, "Writes the JSON here, too.")
 
 
 # --- Networks ----------------------------------------------------------------
@@ -287,8 +290,8 @@ def main(argv: list[str]) -> None:
   """Measures, prints the table, then the JSON."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  known = networks(_SMOKE.value)
-  for name in _NETWORKS.value:
+  known = networks(flags.FLAGS.smoke)
+  for name in flags.FLAGS.networks:
     if name not in known:
       raise app.UsageError(
         f"--networks: {name!r} is none of {', '.join(known)}"
@@ -302,20 +305,23 @@ def main(argv: list[str]) -> None:
   print(f"{hardware}\n", flush=True)
   results: dict[str, Any] = {"hardware": hardware, "networks": {}}
   rows = []
-  for name in _NETWORKS.value:
+  for name in flags.FLAGS.networks:
     cell = measure(
-      *known[name], repeats=_REPEATS.value, max_sweeps=_MAX_SWEEPS.value
+      *known[name],
+      repeats=flags.FLAGS.repeats,
+      max_sweeps=flags.FLAGS.max_sweeps,
     )
     results["networks"][name] = cell
     rows.append(report(name, cell))
   print(_turns.table(HEADER, rows) + "\n", flush=True)
   text = json.dumps(results, indent=2)
-  if _OUT.value:
-    with open(_OUT.value, "w") as file:
+  if flags.FLAGS.out:
+    with open(flags.FLAGS.out, "w") as file:
       file.write(text + "\n")
   else:
     print(f"## JSON\n\n```json\n{text}\n```")
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

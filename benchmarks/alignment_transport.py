@@ -39,12 +39,15 @@ from jaxmerge import alignment
 SIZES = ((400, 400), (1024, 1024), (4096, 4096), (800, 400), (1024, 400))
 SINKHORN = (400, 1024, 4096)
 
-_SMOKE = flags.DEFINE_bool("smoke", False, "Small problems, for seconds.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Turns, at most.", lower_bound=1)
-_BUDGET = flags.DEFINE_float(
-  "budget", 30.0, "Seconds after which a side sits out the other turns."
-)
-_OUT = flags.DEFINE_string("out", None, "Writes the JSON here, too.")
+
+def define_flags() -> None:
+  """Defines the flags, for a run of this module alone."""
+  flags.DEFINE_bool("smoke", False, "Small problems, for seconds.")
+  flags.DEFINE_integer("repeats", 5, "Turns, at most.", lower_bound=1)
+  flags.DEFINE_float(
+    "budget", 30.0, "Seconds after which a side sits out the other turns."
+  )
+  flags.DEFINE_string("out", None, "Writes the JSON here, too.")
 
 
 def make_cost(n: int, m: int, inputs: int = 784, seed: int = 0) -> np.ndarray:
@@ -232,17 +235,18 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   hardware = f"{_hardware()}; jax {jax.__version__}"
   print(f"{hardware}\n", flush=True)
-  if _SMOKE.value:
+  if flags.FLAGS.smoke:
     results = run(((40, 40), (40, 20)), (40,), 2, 1.0)
   else:
-    results = run(SIZES, SINKHORN, _REPEATS.value, _BUDGET.value)
+    results = run(SIZES, SINKHORN, flags.FLAGS.repeats, flags.FLAGS.budget)
   text = json.dumps({"hardware": hardware} | results, indent=2)
-  if _OUT.value:
-    with open(_OUT.value, "w") as file:
+  if flags.FLAGS.out:
+    with open(flags.FLAGS.out, "w") as file:
       file.write(text + "\n")
   else:
     print(f"## JSON\n\n```json\n{text}\n```")
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -38,21 +38,22 @@ from jaxmerge import curves, models, training
 
 NETWORK = "mlpnet"
 
-_SMOKE = flags.DEFINE_bool("smoke", False, "Few examples, for seconds.")
-_EXAMPLES = flags.DEFINE_integer(
-  "examples", 10_000, "Number of examples.", lower_bound=1
-)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
-_BATCHES = flags.DEFINE_list(
-  "torch_batches", ["1000", "10000"], "PyTorch's batch sizes."
-)
-_THREADS = flags.DEFINE_integer(
-  "threads", None, "PyTorch's threads; all cores by default.", lower_bound=1
-)
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "Folder of prepared TFDS sets with MNIST."
-)
-_OUT = flags.DEFINE_string("out", None, "Writes the JSON here, too.")
+
+def define_flags() -> None:
+  """Defines the flags, for a run of this module alone."""
+  flags.DEFINE_bool("smoke", False, "Few examples, for seconds.")
+  flags.DEFINE_integer("examples", 10_000, "Number of examples.", lower_bound=1)
+  flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
+  flags.DEFINE_list(
+    "torch_batches", ["1000", "10000"], "PyTorch's batch sizes."
+  )
+  flags.DEFINE_integer(
+    "threads", None, "PyTorch's threads; all cores by default.", lower_bound=1
+  )
+  flags.DEFINE_string(
+    "data_dir", None, "Folder of prepared TFDS sets with MNIST."
+  )
+  flags.DEFINE_string("out", None, "Writes the JSON here, too.")
 
 
 def load(examples: int, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -238,10 +239,12 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   has_torch = importlib.util.find_spec("torch") is not None
-  examples = 200 if _SMOKE.value else _EXAMPLES.value
-  images, labels = load(examples, _DATA_DIR.value)
-  problem = Problem(images, labels, *((5, 3) if _SMOKE.value else (61, 21)))
-  threads = _THREADS.value or len(os.sched_getaffinity(0))
+  examples = 200 if flags.FLAGS.smoke else flags.FLAGS.examples
+  images, labels = load(examples, flags.FLAGS.data_dir)
+  problem = Problem(
+    images, labels, *((5, 3) if flags.FLAGS.smoke else (61, 21))
+  )
+  threads = flags.FLAGS.threads or len(os.sched_getaffinity(0))
   versions = f"jax {jax.__version__}"
   if has_torch:
     import torch
@@ -255,16 +258,21 @@ def main(argv: list[str]) -> None:
     f"{versions}\n",
     flush=True,
   )
-  batches = [int(size) for size in _BATCHES.value] if has_torch else []
-  results = run(problem, batches, 2 if _SMOKE.value else _REPEATS.value)
+  batches = (
+    [int(size) for size in flags.FLAGS.torch_batches] if has_torch else []
+  )
+  results = run(
+    problem, batches, 2 if flags.FLAGS.smoke else flags.FLAGS.repeats
+  )
   print(report(results, problem) + "\n")
   text = json.dumps(results, indent=2)
-  if _OUT.value:
-    with open(_OUT.value, "w") as file:
+  if flags.FLAGS.out:
+    with open(flags.FLAGS.out, "w") as file:
       file.write(text + "\n")
   else:
     print(f"## JSON\n\n```json\n{text}\n```")
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

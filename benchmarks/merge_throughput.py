@@ -55,23 +55,26 @@ STREAMED = ("average", "magmax", "ties_leaf", "dare")
 # grows in proportion.
 TORCH_LIMIT = 400e6
 
-_SMOKE = flags.DEFINE_bool("smoke", False, "Tiny trees, for seconds.")
-_METHODS = flags.DEFINE_list("methods", None, "Rules; all by default.")
-_MODELS = flags.DEFINE_list("models", ["2", "8", "32"], "Numbers of models.")
-_SIZES = flags.DEFINE_list("sizes", ["25e6", "100e6"], "Parameters a model.")
-_DTYPES = flags.DEFINE_list("dtypes", list(DTYPES), "Dtypes of the models.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Turns, at most.", lower_bound=1)
-_BUDGET = flags.DEFINE_float(
-  "budget", 6.0, "Seconds after which a side sits out the other turns."
-)
-_TORCH_LIMIT = flags.DEFINE_float(
-  "torch_limit", TORCH_LIMIT, "Parameters, of all models, for PyTorch."
-)
-_THREADS = flags.DEFINE_integer(
-  "threads", None, "PyTorch's threads; all cores by default.", lower_bound=1
-)
-_MEMORY = flags.DEFINE_bool("memory", True, "Whether memory is measured.")
-_OUT = flags.DEFINE_string("out", None, "Writes the JSON here, too.")
+
+def define_flags() -> None:
+  """Defines the flags, for a run of this module alone."""
+  flags.DEFINE_bool("smoke", False, "Tiny trees, for seconds.")
+  flags.DEFINE_list("methods", None, "Rules; all by default.")
+  flags.DEFINE_list("models", ["2", "8", "32"], "Numbers of models.")
+  flags.DEFINE_list("sizes", ["25e6", "100e6"], "Parameters a model.")
+  flags.DEFINE_list("dtypes", list(DTYPES), "Dtypes of the models.")
+  flags.DEFINE_integer("repeats", 5, "Turns, at most.", lower_bound=1)
+  flags.DEFINE_float(
+    "budget", 6.0, "Seconds after which a side sits out the other turns."
+  )
+  flags.DEFINE_float(
+    "torch_limit", TORCH_LIMIT, "Parameters, of all models, for PyTorch."
+  )
+  flags.DEFINE_integer(
+    "threads", None, "PyTorch's threads; all cores by default.", lower_bound=1
+  )
+  flags.DEFINE_bool("memory", True, "Whether memory is measured.")
+  flags.DEFINE_string("out", None, "Writes the JSON here, too.")
 
 
 # --- Rules -------------------------------------------------------------------
@@ -522,27 +525,27 @@ def main(argv: list[str]) -> None:
   """Measures, prints the tables, then the JSON."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  names = _METHODS.value or list(RULES)
+  names = flags.FLAGS.methods or list(RULES)
   for name in names:
     if name not in RULES:
       raise app.UsageError(f"--methods: {name!r} is none of {', '.join(RULES)}")
   has_torch = importlib.util.find_spec("torch") is not None
   settings: dict[str, Any] = {
     "methods": names,
-    "models": [int(value) for value in _MODELS.value],
-    "sizes": [int(float(value)) for value in _SIZES.value],
-    "dtypes": _DTYPES.value,
-    "repeats": _REPEATS.value,
-    "budget": _BUDGET.value,
-    "torch_limit": _TORCH_LIMIT.value if has_torch else 0,
+    "models": [int(value) for value in flags.FLAGS.models],
+    "sizes": [int(float(value)) for value in flags.FLAGS.sizes],
+    "dtypes": flags.FLAGS.dtypes,
+    "repeats": flags.FLAGS.repeats,
+    "budget": flags.FLAGS.budget,
+    "torch_limit": flags.FLAGS.torch_limit if has_torch else 0,
     "streamed": [name for name in names if name in STREAMED],
   }
-  if not _MEMORY.value:
+  if not flags.FLAGS.memory:
     settings["streamed"] = []
-  if _SMOKE.value:
+  if flags.FLAGS.smoke:
     settings |= {"sizes": [20_000], "models": [2], "repeats": 2}
     settings |= {"dtypes": ["float32"], "streamed": ["average"]}
-  threads = _THREADS.value or len(os.sched_getaffinity(0))
+  threads = flags.FLAGS.threads or len(os.sched_getaffinity(0))
   versions = f"jax {jax.__version__}, numpy {np.__version__}"
   if has_torch:
     import torch
@@ -556,12 +559,13 @@ def main(argv: list[str]) -> None:
   print(f"{hardware}\n", flush=True)
   results = {"hardware": hardware} | run(settings)
   text = json.dumps(results, indent=2)
-  if _OUT.value:
-    with open(_OUT.value, "w") as file:
+  if flags.FLAGS.out:
+    with open(flags.FLAGS.out, "w") as file:
       file.write(text + "\n")
   else:
     print(f"## JSON\n\n```json\n{text}\n```")
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)
