@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
+from jaxmerge.alignment import _finite
 
 PyTree = Any
 
@@ -64,7 +65,8 @@ def reset_batch_stats(
 
   Raises:
     ValueError: If there are no statistics, no batches, a statistic is named
-      neither ``mean`` nor ``var``, or ``apply_fn`` leaves them as they are.
+      neither ``mean`` nor ``var``, ``apply_fn`` leaves them as they are, or
+      batches or parameters are not finite.
 
   References:
     Garipov et al., `Loss surfaces, mode connectivity, and fast ensembling of
@@ -90,6 +92,9 @@ def reset_batch_stats(
     )
   pairs = _pairs(stats)
   variables = dict(variables)
+  for name, collection in variables.items():
+    if name != _COLLECTION:
+      _finite.check(f"the variables' {name}", collection)
   if isinstance(batches, Mapping) or hasattr(batches, "shape"):
     found = _over_stack(apply_fn, variables, pairs, batches)
   else:
@@ -250,6 +255,7 @@ def _over_stack(
 ) -> _Moments:
   if not _size(batches, 0) or not (size := _size(batches, 1)):
     raise ValueError("there is no batch to take statistics of")
+  _finite.check("batches", batches)
   batches = jax.tree.map(jnp.asarray, batches)
   first = jax.tree.map(lambda leaf: leaf[0], batches)
   shares = _momenta(apply_fn, variables, first)
@@ -271,6 +277,7 @@ def _over_iterable(
 ) -> _Moments:
   moments, shares = None, None
   for batch in batches:
+    _finite.check("a batch", batch)
     if shares is None:
       shares = _momenta(apply_fn, variables, batch)
       _check_momenta(shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.alignment import _activations
+from jaxmerge.alignment import _activations, _finite
 
 PyTree = Any
 
@@ -99,23 +100,30 @@ def repair(
     activations_fn: ``activations_fn(params, batch)`` returns the layers'
       outputs by name, ``[..., channels]``, in the order of computing; see
       `flax_activations`. A layer's name is that of its leaves without the last
-      part. Keep one function object: each one compiles anew.
+      part. It may be jitted: the order is that of the function inside, as the
+      dictionaries that come out of ``jax.jit`` are sorted. Keep one function
+      object: each one compiles anew.
     data: A pytree of arrays ``[examples, ...]``, some thousand examples of the
       training set.
     t: Where between the ends the merged network lies, a scalar in [0, 1].
-    layers: Names of the layers to repair; None for all.
+    layers: Names of the layers to repair, in the order of computing; None for
+      all, in the order of ``activations_fn``.
     scale_only: Match the standard deviations alone, by scaling kernel and
       bias; for layers without a bias.
     batch_size: How many examples are run at a time.
 
   Returns:
-    The repaired network, and what was changed.
+    The repaired network, and what was changed. A layer that is worse than
+    before, and off by more than a tenth, gives a `RuntimeWarning`: its order is
+    wrong then, or the network below it cannot be repaired.
 
   Raises:
     TreeMismatchError: If the three networks differ in structure, shape or
       dtype.
     ValueError: If a layer has no kernel or scale, or no bias to hold a shift,
-      or the leaves do not fit its channels, or there is no data.
+      or the leaves do not fit its channels; if ``layers`` names one twice; if
+      t is out of range; or if there is no data, or data or parameters are not
+      finite.
 
   References:
     Jordan et al., `REPAIR: REnormalizing Permuted Activations for
@@ -138,6 +146,8 @@ def repair(
   )
   if jnp.ndim(t):
     raise ValueError(f"t must be a scalar; got shape {jnp.shape(t)}")
+  if not isinstance(t, jax.core.Tracer) and not 0 <= float(t) <= 1:
+    raise ValueError(f"t must lie in [0, 1]; got {t}")
   sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
   if len(sizes) != 1 or () in sizes or (0,) in sizes:
     raise ValueError(
@@ -147,6 +157,13 @@ def repair(
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}")
   found = _find(params, activations_fn, data, layers, scale_only)
+  for what, values in (
+    ("data", data),
+    ("start", start),
+    ("end", end),
+    ("the merged network", params),
+  ):
+    _finite.check(what, values)
   data = jax.tree.map(jnp.asarray, data)
   measure = functools.partial(
     _measure,
@@ -170,7 +187,27 @@ def repair(
     error_before=before[1],
     error_after=after[1],
   )
+  _warn(info)
   return params, info
+
+
+def _warn(info: RepairInfo) -> None:
+  """Says which layers a repair made worse, unless it is traced."""
+  if isinstance(info.error_after, jax.core.Tracer):
+    return
+  before, after = (np.asarray(x) for x in (info.error_before, info.error_after))
+  # Not "greater": NaN is worse, too.
+  worse = np.flatnonzero(~(after <= np.maximum(before, 0.1)))
+  if worse.size:
+    i = worse[0]
+    warnings.warn(
+      f"the statistics of layer '{info.layers[i]}' are further off after the"
+      f" repair ({after[i]:.2g}) than before ({before[i]:.2g}, as a fraction of"
+      " the standard deviation); if the order of the layers is not that of"
+      f" computing, give it in layers=[...]: it was {', '.join(info.layers)}",
+      RuntimeWarning,
+      stacklevel=3,
+    )
 
 
 def _find(
@@ -184,8 +221,10 @@ def _find(
   order: list[str] = []
 
   def record(params: PyTree, batch: PyTree) -> dict[str, jax.Array]:
-    activations = dict(activations_fn(params, batch))
-    # Trees of dictionaries come back in the order of their keys.
+    # Trees of dictionaries come back in the order of their keys, from here and
+    # from each jitted function.
+    with jax.disable_jit():
+      activations = dict(activations_fn(params, batch))
     order.extend(activations)
     return activations
 
@@ -201,7 +240,9 @@ def _find(
         f"layer '{missing[0]}' is not among the activations; they are of "
         + ", ".join(order)
       )
-    order = [name for name in order if name in set(layers)]
+    order = list(layers)
+    if len(set(order)) != len(order):
+      raise ValueError(f"layers names a layer twice: {order}")
   if not order:
     raise ValueError("there is no layer to repair; activations_fn returns none")
   leaves = jax.tree.leaves(params)
@@ -320,8 +361,9 @@ def _fold(
   scale_only: bool,
 ) -> PyTree:
   """Writes a channel-wise affine map into the layer's leaves."""
-  # A constant channel has no deviations to scale.
-  is_constant = moments.std <= 1e-6 * target.std
+  # A constant channel has no deviations to scale, but for those of rounding.
+  rounding = 4 * jnp.finfo(moments.mean.dtype).eps * jnp.abs(moments.mean)
+  is_constant = moments.std <= jnp.maximum(1e-6 * target.std, rounding)
   safe = jnp.where(is_constant, 1, moments.std)
   ratio = jnp.where(is_constant, 1, target.std / safe)
   treedef: Any = jax.tree.structure(params)

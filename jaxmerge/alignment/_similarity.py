@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
-from jaxmerge.alignment import _spec
+from jaxmerge.alignment import _finite, _spec
 
 PyTree = Any
 Select = str | Callable[[str], bool] | None
@@ -115,7 +115,10 @@ def check_finite(**trees: PyTree) -> None:
   for name, params in trees.items():
     leaves = jax.tree.leaves(params)
     finite = jax.device_get(
-      [_all_finite(leaf) if tree.is_float(leaf) else True for leaf in leaves]
+      [
+        _finite.all_finite(leaf) if tree.is_float(leaf) else True
+        for leaf in leaves
+      ]
     )
     for leaf_name, is_finite in zip(
       tree.leaf_names(params), finite, strict=True
@@ -125,11 +128,6 @@ def check_finite(**trees: PyTree) -> None:
           f"leaf '{leaf_name}' of {name} has entries that are NaN or infinite;"
           " neurons cannot be compared by them"
         )
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-  return jnp.isfinite(leaf).all()
 
 
 def widened(params: PyTree) -> PyTree:

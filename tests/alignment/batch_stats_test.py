@@ -173,6 +173,19 @@ class ErrorsTest(parameterized.TestCase):
         lambda variables, batch: stats, {"batch_stats": stats}, jnp.ones((1, 1))
       )
 
+  @parameterized.product(stacked=(True, False), data=(True, False))
+  def test_not_finite(self, stacked, data):
+    model, variables, x, _ = _case()
+    if data:
+      x[3, 0] = np.nan
+    else:
+      variables["params"]["dense"]["bias"][1] = np.inf
+    message = "has entries that are NaN" if data else "leaf 'dense/bias' of the"
+    with self.assertRaisesRegex(ValueError, message):
+      alignment.reset_batch_stats(
+        _apply(model), variables, x if stacked else [*x]
+      )
+
   @parameterized.parameters(([],), (np.zeros((0, 2, 4), np.float32),))
   def test_no_batches(self, batches):
     model, variables, _, _ = _case()

@@ -117,11 +117,32 @@ class RepairTest(parameterized.TestCase):
       end,
       alignment.flax_activations(_MLP),
       x,
-      layers=["Dense_2", "Dense_1"],
+      layers=["Dense_1", "Dense_2"],
     )
     self.assertEqual(info.layers, ("Dense_1", "Dense_2"))
     for layer in ("Dense_0", "Dense_3"):
       chex.assert_trees_all_equal(repaired[layer], merged[layer])
+
+  def test_order_of_a_jitted_function(self):
+    """Dictionaries that come out of jit are sorted: Dense_10 before Dense_2."""
+    model = models.MLP(features=(5,) * 11, num_classes=2, use_bias=True)
+    x = _draw((30, 4))
+    start, end = (_filled(model, x, seed) for seed in (1, 2))
+    merged = tree.lerp(start, end, 0.5)
+    plain = alignment.flax_activations(model)
+    jitted = jax.jit(plain)
+    want, _ = alignment.repair(merged, start, end, plain, x)
+    order = tuple(f"Dense_{i}" for i in range(11))
+    for activations_fn in (jitted, jax.jit(lambda p, b: jitted(p, b))):
+      repaired, info = alignment.repair(merged, start, end, activations_fn, x)
+      self.assertEqual(info.layers, order)
+      chex.assert_trees_all_close(repaired, want, rtol=1e-4, atol=1e-4)
+    # The order that is given is the order of the repair; a wrong one is seen.
+    with self.assertWarnsRegex(RuntimeWarning, r"give it in layers=\[...\]"):
+      _, info = alignment.repair(
+        merged, start, end, plain, x, layers=order[::-1]
+      )
+    self.assertEqual(info.layers, order[::-1])
 
   def test_scale_only(self):
     model = models.MLP(features=(8, 7), num_classes=3)
@@ -158,6 +179,20 @@ class RepairTest(parameterized.TestCase):
     np.testing.assert_allclose(info.std_ratio_after, [0])
     self.assertGreaterEqual(float(info.error_after[0]), 1)
 
+  def test_channel_that_is_constant_up_to_rounding(self):
+    def activations_fn(params, batch):
+      return {"a": batch @ params["a"]["kernel"] + params["a"]["bias"][None]}
+
+    def layer(kernel):
+      return {
+        "a": {"kernel": jnp.array([[kernel]]), "bias": jnp.full(1, 100.0)}
+      }
+
+    repaired, _ = alignment.repair(
+      layer(1e-5), layer(1.0), layer(-1.0), activations_fn, _draw((9, 1))
+    )
+    np.testing.assert_allclose(repaired["a"]["kernel"], [[1e-5]])
+
 
 class ErrorsTest(parameterized.TestCase):
   def _repair(self, activations_fn=None, data=None, **options):
@@ -174,9 +209,16 @@ class ErrorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({"t": np.ones(2)}, "t must be a scalar"),
+    ({"t": 7.0}, r"t must lie in \[0, 1\]; got 7.0"),
+    ({"t": np.float32("nan")}, r"t must lie in \[0, 1\]"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"layers": ["Dense_9"]}, "layer 'Dense_9' is not among"),
     ({"layers": []}, "no layer to repair"),
+    ({"layers": ["Dense_1", "Dense_1"]}, "names a layer twice"),
+    (
+      {"data": np.full((6, 5), np.nan, np.float32)},
+      "data has entries that are NaN or infinite",
+    ),
     ({"data": np.zeros((0, 5), np.float32)}, "at least one"),
     (
       {"activations_fn": lambda p, b: {"x": b}},
@@ -190,6 +232,23 @@ class ErrorsTest(parameterized.TestCase):
   def test_message(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
       self._repair(**options)
+
+  def test_parameters_that_are_not_finite(self):
+    good = _filled(_MLP, _draw((6, 5)), 1)
+    bad = {
+      **good,
+      "Dense_1": jax.tree.map(lambda x: x * np.nan, good["Dense_1"]),
+    }
+    fn = alignment.flax_activations(_MLP)
+    for networks, who in (
+      ((bad, good, good), "the merged network"),
+      ((good, bad, good), "start"),
+      ((good, good, bad), "end"),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f"leaf 'Dense_1/bias' of {who} has entries that are NaN"
+      ):
+        alignment.repair(*networks, fn, _draw((6, 5)))
 
   def test_networks_that_differ(self):
     one = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
