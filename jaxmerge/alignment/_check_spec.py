@@ -28,31 +28,35 @@ def check(
 
   .. math::
     \max |f(\sigma\theta) - f(\theta)| \le
-      \mathrm{tolerance} \cdot \max(1, \max |f(\theta)|)
+      \mathrm{tolerance} \cdot \max |f(\theta) - \bar f|
 
-  for random permutations :math:`\sigma` of all groups. Where it fails, each
-  group is permuted alone, and with one axis more or less, to find the leaf that
-  is wrong.
+  for random permutations :math:`\sigma` of all groups, with :math:`\bar f` the
+  mean of the outputs. :math:`\theta` is the given parameters with noise of a
+  tenth of each leaf's root mean square (of 0.1 where it is zero), so that no
+  two neurons are alike in a bias or a scale as they are initialised. Where it
+  fails, each group is permuted alone, and with one axis more or less, to find
+  the leaf that is wrong.
 
   Args:
     spec: The specification.
     apply_fn: The network on a fixed batch: ``apply_fn(params)`` returns a
-      pytree of floating-point arrays. Any random inputs will do.
-    params: The parameters; random ones, so that no bias or scale is alike in
-      all neurons, or the check cannot see that it is left out.
-    key: PRNG key of the permutations; by default ``jax.random.key(0)``.
+      pytree of floating-point arrays. Any random inputs will do, several of
+      them, so that the outputs differ.
+    params: The parameters, which are not changed.
+    key: PRNG key of the permutations, none of which is the identity, and of
+      the noise; by default ``jax.random.key(0)``.
     trials: How often permutations are drawn, at least 1.
     tolerance: The largest difference that is taken for rounding.
 
   Returns:
     The largest difference that was seen, as a fraction of
-    :math:`\max(1, \max |f|)`.
+    :math:`\max |f - \bar f|`.
 
   Raises:
     SpecError: If the specification does not fit the parameters, or the
       function changes; the message names the group and, where one axis makes
       the difference, the leaf.
-    ValueError: If the outputs are not finite, or there are none.
+    ValueError: If the outputs are not finite, constant, or there are none.
 
   References:
     Ainsworth et al., `Git Re-Basin: Merging models modulo permutation
@@ -60,21 +64,30 @@ def check(
 
   >>> params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0], [4.0]])}
   >>> spec = {"hidden": (_spec.Axis("a", 1), _spec.Axis("b", 0, False))}
-  >>> apply_fn = lambda p: jnp.maximum(jnp.ones((1, 1)) @ p["a"], 0) @ p["b"]
-  >>> check(spec, apply_fn, params)
-  0.0
+  >>> apply_fn = lambda p: jnp.tanh(jnp.eye(2, 1) @ p["a"]) @ p["b"]
+  >>> check(spec, apply_fn, params) < 1e-6
+  True
   """
   if trials < 1:
     raise ValueError(f"trials must be at least 1; got {trials}")
   _spec.group_sizes(spec, params)
+  noise, key = jax.random.split(jax.random.key(0) if key is None else key)
+  params = _perturbed(params, noise)
   compiled = jax.jit(apply_fn)
   expected = _outputs(compiled, params)
   if not expected.size or not np.isfinite(expected).all():
     raise ValueError(
-      "apply_fn must return arrays that are finite and not empty; got"
-      f" {expected.size} entries"
+      "apply_fn must return arrays that are finite and not empty, of the"
+      " parameters with noise of a tenth of their size; got"
+      f" {expected.size} entries, {np.isfinite(expected).sum()} of them finite"
     )
-  scale = max(1.0, float(np.abs(expected).max()))
+  scale = float(np.abs(expected - expected.mean()).max())
+  if scale <= 1e-6 * np.abs(expected).max():
+    raise ValueError(
+      f"apply_fn returns a constant, {expected[0]:.3g} in all"
+      f" {expected.size} entries, which would hide any change; run the network"
+      " on several random inputs"
+    )
 
   def error(
     spec: _spec.PermutationSpec, permutations: Mapping[str, jax.Array]
@@ -83,14 +96,44 @@ def check(
     return float(np.abs(_outputs(compiled, moved) - expected).max()) / scale
 
   largest = 0.0
-  key = jax.random.key(0) if key is None else key
   for one in jax.random.split(key, trials):
-    permutations = _spec.random_permutations(spec, params, one)
+    permutations = {
+      group: _not_identity(permutation)
+      for group, permutation in _spec.random_permutations(
+        spec, params, one
+      ).items()
+    }
     found = error(spec, permutations)
     if not found <= tolerance:
       _explain(spec, params, permutations, error, found, tolerance)
     largest = max(largest, found)
   return largest
+
+
+def _perturbed(params: PyTree, key: jax.Array) -> PyTree:
+  """Parameters without two neurons that are alike; variances stay positive."""
+  keys = iter(jax.random.split(key, max(1, len(jax.tree.leaves(params)))))
+
+  def perturb(name: str, leaf: Any) -> Any:
+    one = next(keys)
+    if not tree.is_float(leaf) or not np.size(leaf):
+      return leaf
+    leaf = jnp.asarray(leaf)
+    wide = leaf.astype(tree.accumulation_dtype(leaf))
+    noise = 0.1 * jax.random.normal(one, wide.shape, wide.dtype)
+    if name.split("/")[-1] == "var":
+      return (wide * jnp.exp(noise)).astype(leaf.dtype)
+    size = jnp.sqrt(jnp.square(jnp.abs(wide)).mean())
+    size = jnp.where(size > 0, size, 1).astype(wide.dtype)
+    return (wide + size * noise).astype(leaf.dtype)
+
+  return tree.map_with_name(perturb, params)
+
+
+def _not_identity(permutation: jax.Array) -> jax.Array:
+  """The identity, which proves nothing, turned by one."""
+  is_identity = (permutation == jnp.arange(permutation.size)).all()
+  return jnp.where(is_identity, jnp.roll(permutation, 1), permutation)
 
 
 def _outputs(
