@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +92,66 @@ def _layers(
         f"leaf '{leaf}' must have shape [..., inputs, outputs]; got"
         f" {shapes[leaf]}"
       )
+    for last, other in modules[name].items():
+      if last not in ("kernel", "bias"):
+        raise _spec.SpecError(
+          f"leaf '{other}' beside '{leaf}' is neither a kernel nor a bias, so"
+          " that it cannot be seen where its neurons are; give the"
+          " specification as data"
+        )
+  if layers is None:
+    _check_order(
+      found, {name: shapes[modules[name]["kernel"]] for name in found}
+    )
   return found
+
+
+def _check_order(found: Sequence[str], kernels: Shapes) -> None:
+  """Raises where neither names nor widths say which layer comes first."""
+  convolutions = [name for name in found if len(kernels[name]) > 2]
+  kinds = [convolutions, found[len(convolutions) :]]
+  if all(_are_numbered(kind) for kind in kinds):
+    return
+  pair = zip(found[:-1], found[1:], strict=True)
+  if not all(_fits(kernels[one], kernels[other]) for one, other in pair):
+    return  # An error of its own, by the layers' names.
+  chains = list(itertools.islice(_chains(kinds, kernels), 2))
+  if len(chains) > 1:
+    raise _spec.SpecError(
+      "the names of the layers do not say their order: "
+      + " as well as ".join(", ".join(chain) for chain in chains)
+      + " form a chain; name the layers from input to output in layers=[...]"
+    )
+
+
+def _are_numbered(names: Sequence[str]) -> bool:
+  """Whether names are equal up to their numbers."""
+  return len({re.sub(r"\d+", "0", name) for name in names}) < 2
+
+
+def _chains(
+  kinds: Sequence[Sequence[str]],
+  kernels: Shapes,
+  chain: tuple[str, ...] = (),
+) -> Iterator[tuple[str, ...]]:
+  """All chains that the widths allow, one kind after the other."""
+  left = [[name for name in kind if name not in chain] for kind in kinds]
+  here = next((i for i, kind in enumerate(left) if kind), None)
+  if here is None:
+    yield chain
+    return
+  # Of numbered layers the next one is known.
+  several = left[here][:1] if _are_numbered(kinds[here]) else left[here]
+  for name in several:
+    if not chain or _fits(kernels[chain[-1]], kernels[name]):
+      yield from _chains(kinds, kernels, (*chain, name))
+
+
+def _fits(kernel: tuple[int, ...], following: tuple[int, ...]) -> bool:
+  """Whether a layer's outputs, perhaps flattened, are the next one's inputs."""
+  outputs, inputs = kernel[-1], following[-2]
+  is_flat = len(kernel) > 2 and len(following) == 2
+  return inputs == outputs or (is_flat and inputs % outputs == 0)
 
 
 def derive_spec(
@@ -113,8 +173,9 @@ def derive_spec(
       and ``{"batch_stats": ...}`` around them.
     layers: Names of the modules from input to output, the output layer last. By
       default all with a kernel, convolutions first, each kind in the natural
-      order of their names, ``Dense_2`` before ``Dense_10``. With it, other
-      layers are left alone.
+      order of their names, ``Dense_2`` before ``Dense_10``; names that differ
+      in more than numbers must have widths that allow one order only. With it,
+      other layers are left alone.
 
   Returns:
     The specification. Whether it fits the function, `check` finds out: it
@@ -122,7 +183,8 @@ def derive_spec(
     how many groups a GroupNorm has.
 
   Raises:
-    SpecError: If the layers do not form a chain, or a leaf cannot be placed.
+    SpecError: If the layers do not form a chain, or could form another one, or
+      a leaf cannot be placed.
 
   >>> import jax.numpy as jnp
   >>> params = {
@@ -166,8 +228,7 @@ def derive_spec(
 def _inputs(kernel: str, following: str, shapes: Shapes) -> _spec.Axis:
   """The axis of the next kernel that takes a layer's outputs."""
   outputs, inputs = shapes[kernel][-1], shapes[following][-2]
-  is_flat = len(shapes[kernel]) > 2 and len(shapes[following]) == 2
-  if inputs != outputs and not (is_flat and inputs % outputs == 0):
+  if not _fits(shapes[kernel], shapes[following]):
     raise _spec.SpecError(
       f"the layers do not form a chain: '{kernel}' has {outputs} outputs but"
       f" '{following}' takes {inputs} inputs; name the layers from input to"
@@ -209,6 +270,16 @@ def _norms(
       f" {len(hidden)} hidden layers, so that it cannot be seen which is whose;"
       " give the specification as data"
     )
+  widths = {
+    name: shapes[modules[layer]["kernel"]][-1]
+    for layer, name in zip(hidden, others, strict=True)
+  }
+  for one, other in itertools.combinations(others, 2):
+    if widths[one] == widths[other] and not _are_numbered((one, other)):
+      raise _spec.SpecError(
+        f"the names of the normalisations '{one}' and '{other}', of one width,"
+        " do not say their order; give the specification as data"
+      )
   found = {}
   for layer, name in zip(hidden, others, strict=True):
     outputs = shapes[modules[layer]["kernel"]][-1]

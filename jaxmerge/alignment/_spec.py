@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,8 +60,9 @@ def group_sizes(spec: PermutationSpec, params: PyTree) -> dict[str, int]:
     The number of neurons of each group.
 
   Raises:
-    SpecError: If a leaf is not there, an axis is out of range, the axes of a
-      group do not agree about its size, or an axis is listed twice.
+    SpecError: If a leaf is not there, an axis is no integer or out of range,
+      outer or inner is no positive integer, the axes of a group do not agree
+      about its size, or an axis is listed twice.
 
   >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4))}
   >>> spec = {"hidden": (Axis("a", 1), Axis("b", 0, incoming=False))}
@@ -108,6 +110,17 @@ def _size(
       + (", ..." if len(names) > 5 else "")
     )
   shape = shapes[axis.leaf]
+  begin = f"group '{group}': axis {axis.axis} of leaf '{axis.leaf}'"
+  if not isinstance(axis.axis, numbers.Integral):
+    raise SpecError(f"{begin} is no integer; give the number of the axis")
+  if not all(
+    isinstance(times, numbers.Integral) and times >= 1
+    for times in (axis.outer, axis.inner)
+  ):
+    raise SpecError(
+      f"{begin}: outer and inner must be positive integers; got {axis.outer}"
+      f" and {axis.inner}"
+    )
   if not -len(shape) <= axis.axis < len(shape):
     raise SpecError(
       f"group '{group}' names axis {axis.axis} of leaf '{axis.leaf}', which has"
@@ -121,10 +134,10 @@ def _size(
     )
   used[place] = group
   length, times = shape[axis.axis], axis.outer * axis.inner
-  if times < 1 or not length or length % times:
+  if not length or length % times:
     raise SpecError(
-      f"group '{group}': axis {axis.axis} of leaf '{axis.leaf}' of shape"
-      f" {shape} is no multiple of outer * inner = {axis.outer} * {axis.inner}"
+      f"{begin} of shape {shape} is no multiple of outer * inner ="
+      f" {axis.outer} * {axis.inner}"
     )
   return length // times
 

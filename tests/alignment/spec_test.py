@@ -147,6 +147,10 @@ class ApplyTest(parameterized.TestCase):
     ),
     ({"g": (Axis("a", 1), Axis("a", -1))}, "axis 1 of leaf 'a' is in group"),
     ({"g": (Axis("a", 0, inner=2),)}, "no multiple of outer"),
+    ({"g": (Axis("a", 1, outer=-1, inner=-2),)}, "outer and inner must be"),
+    ({"g": (Axis("a", 1, inner=0),)}, "outer and inner must be"),
+    ({"g": (Axis("a", 1, outer=2.0),)}, "outer and inner must be"),
+    ({"g": (Axis("a", 1.0),)}, "axis 1.0 of leaf 'a' is no integer"),
     ({"g": ()}, "group 'g' has no axes"),
   )
   def test_bad_specs(self, spec, message):
@@ -196,6 +200,56 @@ class CheckTest(parameterized.TestCase):
     with self.assertRaisesRegex(SpecError, "more than one of its axes"):
       alignment.check({"hidden": SPEC["hidden"][:1]}, apply_fn, params)
 
+  def test_neurons_that_are_alike(self):
+    """Zero biases and scales of one, as they are initialised."""
+    x = jax.random.normal(jax.random.key(1), (4, 7))
+    params = Mlp().init(jax.random.key(0), x)
+    before = jax.tree.map(np.array, params)
+    apply_fn = lambda params: Mlp().apply(params, x)  # noqa: E731
+    spec = alignment.derive_spec(params)
+    self.assertLess(alignment.check(spec, apply_fn, params), 1e-5)
+    for last in ("bias", "scale"):
+      rest = {
+        group: tuple(axis for axis in axes if not axis.leaf.endswith(last))
+        for group, axes in spec.items()
+      }
+      with self.assertRaisesRegex(SpecError, "changes the function"):
+        alignment.check(rest, apply_fn, params)
+    chex.assert_trees_all_equal(params, before)
+
+  def test_small_outputs(self):
+    """A wrong specification is found though all outputs are near zero."""
+    params, apply_fn = two_layers()
+    small = lambda p: 1e-7 * apply_fn(p)  # noqa: E731
+    self.assertLess(alignment.check(SPEC, small, params), 1e-5)
+    with self.assertRaisesRegex(SpecError, "changes the function"):
+      alignment.check({"hidden": SPEC["hidden"][:2]}, small, params)
+
+  def test_two_neurons(self):
+    """No draw is the identity, whatever the key."""
+    params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0], [4.0]])}
+    x = jnp.array([[1.0], [-2.0]])
+    for seed in range(4):
+      with self.assertRaisesRegex(SpecError, "axis 0 of leaf 'b' belongs"):
+        alignment.check(
+          {"hidden": (Axis("a", 1),)},
+          lambda p: jnp.tanh(x @ p["a"]) @ p["b"],
+          params,
+          key=jax.random.key(seed),
+          trials=1,
+        )
+
+  def test_variances_stay_positive(self):
+    params, apply_fn = two_layers()
+    params["n"] = {"var": jnp.array([1e-3, 1e-3, 1.0, 1.0])}
+
+    def normed(p):
+      inverse = jax.lax.rsqrt(p["n"]["var"])[:, None]
+      return apply_fn({**p, "b": p["b"] * inverse})
+
+    spec = {"hidden": (*SPEC["hidden"], Axis("n/var", 0))}
+    self.assertLess(alignment.check(spec, normed, params), 1e-5)
+
   def test_bad_outputs(self):
     params, apply_fn = two_layers()
     for bad in (
@@ -204,6 +258,8 @@ class CheckTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, "must return arrays"):
         alignment.check(SPEC, bad, params)
+    with self.assertRaisesRegex(ValueError, "returns a constant, 3 in all 20"):
+      alignment.check(SPEC, lambda p: jnp.full((10, 2), 3.0), params)
     with self.assertRaisesRegex(ValueError, "trials must be at least 1"):
       alignment.check(SPEC, apply_fn, params, trials=0)
 
@@ -238,6 +294,29 @@ class DeriveTest(parameterized.TestCase):
     spec = alignment.derive_spec(params)
     self.assertEqual(list(spec), [f"Dense_{i}" for i in range(11)])
 
+  def test_order_that_names_do_not_say(self):
+    def build(**shapes):
+      return {
+        name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()
+      }
+
+    square = build(hidden=(4, 4), input=(4, 4), output=(4, 4))
+    with self.assertRaisesRegex(SpecError, r"in layers=\[...\]"):
+      alignment.derive_spec(square)
+    spec = alignment.derive_spec(square, layers=["input", "hidden", "output"])
+    self.assertEqual(list(spec), ["input", "hidden"])
+    # Convolutions have an order of their own, whatever the dense layers are.
+    with self.assertRaisesRegex(SpecError, "a, b, Dense_0 as well as b, a"):
+      alignment.derive_spec(
+        build(a=(3, 3, 4, 4), b=(3, 3, 4, 4), Dense_0=(16, 2))
+      )
+    # One square kernel has one place only.
+    forced = build(body=(3, 4), heart=(4, 4), out_1=(4, 2))
+    self.assertEqual(list(alignment.derive_spec(forced)), ["body", "heart"])
+    norms = {"a_norm": {"scale": jnp.ones(4)}, "b_norm": {"scale": jnp.ones(4)}}
+    with self.assertRaisesRegex(SpecError, "'a_norm' and 'b_norm', of one"):
+      alignment.derive_spec({**forced, **norms})
+
   def test_layers(self):
     params = {
       "second": {"kernel": jnp.ones((4, 5))},
@@ -256,6 +335,13 @@ class DeriveTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({"w": (3,)}, "no layer"),
+    (
+      {
+        "Dense_0": {"kernel": (3, 4), "gain": (4,)},
+        "Dense_1": {"kernel": (4, 2)},
+      },
+      "leaf 'Dense_0/gain' beside 'Dense_0/kernel' is neither",
+    ),
     ({"a": {"kernel": (3,)}}, "must have shape"),
     (
       {"a": {"kernel": (3, 4)}, "b": {"kernel": (5, 2)}},
