@@ -181,7 +181,6 @@ def align_in_turn(
       stamp = [versions[j] for j in others]
       if not others or solved[i] == stamp:
         continue
-      solved[i] = stamp
       mean = tree.weighted_sum(
         [wide[j] for j in others], [1 / len(others)] * len(others)
       )
@@ -193,6 +192,10 @@ def align_in_turn(
         max_sweeps=max_sweeps,
         tolerance=tolerance,
       )
+      if info.converged:
+        solved[i] = stamp
+      else:
+        converged = False
       if info.objectives[-1] > info.objectives[0]:
         converged = False
         versions[i] += 1

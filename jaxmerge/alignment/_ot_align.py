@@ -15,6 +15,7 @@ from jaxmerge.alignment import (
   _exact,
   _ground_cost,
   _plan,
+  _similarity,
   _sinkhorn,
   _spec,
   _transport,
@@ -72,7 +73,7 @@ def ot_align(
 ) -> tuple[PyTree, TransportInfo]:
   r"""Aligns the neurons of a network to those of a reference, of any width.
 
-  Group after group, in the order of the specification, with the cost between
+  Group after group, in the order of the layers, with the cost between
   neuron g of the reference and neuron j of the model
 
   .. math::
@@ -86,9 +87,12 @@ def ot_align(
   leaves as `apply_plans` says. With exact transport, equal widths and no
   ``importance`` the plans are permutations and the function is unchanged.
 
-  By weights the order of the groups matters: a leaf whose other axis belongs to
-  the same or a later group cannot be compared yet and does not count, nor do
-  statistics (leaves in ``batch_stats``).
+  By weights the order of the groups matters: a group that a leaf leads on from
+  comes before the one that it comes into. In cycles, such as residual streams
+  with their blocks, the order is that of the specification: a leaf whose other
+  axis belongs to the same or a later group cannot be compared yet and does not
+  count, nor do statistics (leaves in a collection ``batch_stats``, or named
+  ``mean`` or ``var``).
 
   It works under ``jax.jit`` and under ``jax.vmap``, such as over a leading axis
   of seeds. Costs and moves are in float32 for half types.
@@ -123,7 +127,7 @@ def ot_align(
     SpecError: If the specification does not fit the reference or the model.
     TreeMismatchError: If the trees differ in more than their widths.
     ValueError: If an option is unknown, activations or importance do not fit
-      the groups, or no leaf of a group can be compared.
+      the groups, no leaf of a group can be compared, or one is complex.
     ImportError: If POT is needed and not there, see `exact_plan`.
     ConvergenceError: With ``strict``, if a plan did not converge.
 
@@ -163,6 +167,7 @@ def ot_align(
   if spec is None:
     spec = _derive_spec.derive_spec(reference)
   sizes = check_trees(spec, reference, model)
+  _check_real(spec, reference)
   columns = _columns(activations, sizes) if activations is not None else {}
   marginals = _marginals(importance or ({}, {}), sizes)
 
@@ -172,7 +177,7 @@ def ot_align(
   )
   moves: dict[str, _transport.Move] = {}
   plans: dict[str, _plan.TransportPlan] = {}
-  for group in spec:
+  for group in _in_order(spec):
     if by == "activations":
       x, y = columns[group]
       cost = _ground_cost.squared_distances(x, y) / x.shape[1]
@@ -196,7 +201,64 @@ def ot_align(
     _plan.report(plan, f"group '{group}': ", strict)
     plans[group] = plan
     moves[group] = _transport.make_move(plan.plan, plan.permutation, outgoing)
-  return _transport.move_tree(spec, model, moves), _info(plans)
+  return _transport.move_tree(spec, model, moves), _info(
+    {group: plans[group] for group in spec}
+  )
+
+
+def _check_real(spec: _spec.PermutationSpec, params: PyTree) -> None:
+  """Raises where a leaf with neurons is complex."""
+  named = _spec.axes_by_leaf(spec)
+  for name, leaf in zip(
+    tree.leaf_names(params), jax.tree.leaves(params), strict=True
+  ):
+    if name in named and jnp.iscomplexobj(leaf):
+      raise ValueError(
+        f"leaf '{name}' of group '{named[name][0][0]}' is complex"
+        f" ({jnp.asarray(leaf).dtype}), which transport has no cost for; give"
+        " its real and imaginary parts as leaves of their own, or use"
+        " weight_matching"
+      )
+
+
+def _in_order(spec: _spec.PermutationSpec) -> list[str]:
+  """The groups, each behind those that lead to it.
+
+  Groups in a cycle stay in the order of the specification, together.
+  """
+  following: dict[str, set[str]] = {group: set() for group in spec}
+  for pairs in _spec.axes_by_leaf(spec).values():
+    for before, axis in pairs:
+      if not axis.incoming:
+        following[before] |= {
+          group for group, other in pairs if other.incoming and group != before
+        }
+
+  def reached(start: str) -> set[str]:
+    found: set[str] = set()
+    stack = [start]
+    while stack:
+      new = following[stack.pop()] - found
+      found |= new
+      stack += new
+    return found
+
+  reach = {group: reached(group) for group in spec}
+  order: list[str] = []
+  while len(order) < len(spec):
+    left = [group for group in spec if group not in order]
+    # The first that nothing leads to but what it leads to itself.
+    first = next(
+      group
+      for group in left
+      if all(other in reach[group] for other in left if group in reach[other])
+    )
+    order += [
+      group
+      for group in left
+      if group == first or (group in reach[first] and first in reach[group])
+    ]
+  return order
 
 
 def activation_norms(activations: ByGroup) -> dict[str, jax.Array]:
@@ -290,7 +352,7 @@ def _incoming(
   by_leaf = _spec.axes_by_leaf(spec)
   pairs = []
   for axis in spec[group]:
-    if not axis.incoming or axis.leaf.split("/")[0] == "batch_stats":
+    if not axis.incoming or not _similarity.is_weight(axis.leaf):
       continue
     rest = [pair for pair in by_leaf[axis.leaf] if pair[1] is not axis]
     if any(before not in moves for before, _ in rest):

@@ -74,7 +74,7 @@ def counted_leaves(params: PyTree, select: Select) -> list[bool]:
   Raises:
     ValueError: If no leaf counts.
   """
-  chosen = tree.select(params, _is_weight if select is None else select)
+  chosen = tree.select(params, is_weight if select is None else select)
   counted = [
     bool(is_chosen) and tree.is_float(leaf)
     for is_chosen, leaf in zip(
@@ -89,7 +89,12 @@ def counted_leaves(params: PyTree, select: Select) -> list[bool]:
   return counted
 
 
-def _is_weight(name: str) -> bool:
+def is_weight(name: str) -> bool:
+  """Whether a leaf of that name is none of running statistics.
+
+  >>> is_weight("params/norm/scale"), is_weight("params/batch_stats/norm/mean")
+  (True, False)
+  """
   parts = name.split("/")
   return "batch_stats" not in parts and parts[-1] not in ("mean", "var")
 

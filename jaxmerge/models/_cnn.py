@@ -19,6 +19,9 @@ class CNN(nn.Module):
   ``Conv_1``, ... and ``Dense_0``. A convolution has a bias only where no
   normalisation follows.
 
+  Its convolutions have gradients of their own: forward-mode differentiation
+  (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) is not available.
+
   Attributes:
     widths: The channels of the stages.
     num_classes: The number of logits.

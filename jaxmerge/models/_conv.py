@@ -29,7 +29,9 @@ def conv_general_dilated(
   into the one layout that its fast kernels know, but only outside of loops;
   within the scan over an epoch's batches, the layouts that differentiation
   makes take some fifty times as long. Here the gradients are written in that
-  layout from the start.
+  layout from the start. As they are given as a rule for reverse mode,
+  forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) is
+  not available.
 
   Args:
     lhs: Images ``[b, h, w, c]``.

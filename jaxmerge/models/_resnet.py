@@ -75,6 +75,9 @@ class ResNet(nn.Module):
   ``Conv_0``, ``Norm_0``, ``Conv_1``, ``Norm_1`` and, with a convolution in
   the shortcut, ``Shortcut`` and ``Norm_2``; the last layer is ``Dense_0``.
 
+  Its convolutions have gradients of their own: forward-mode differentiation
+  (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) is not available.
+
   Attributes:
     depth: The number of layers, 6n + 2: 8, 14, 20, 32, 44, 56, ....
     width: The channels of the first stage; 16 is the published network.

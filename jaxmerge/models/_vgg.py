@@ -20,6 +20,9 @@ class VGG(nn.Module):
   ... and ``Dense_0``, .... A convolution has a bias only where no
   normalisation follows.
 
+  Its convolutions have gradients of their own: forward-mode differentiation
+  (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) is not available.
+
   Attributes:
     plan: Numbers of channels, and ``"M"`` for a 2 x 2 maximum; by default
       that of VGG-11.

@@ -40,6 +40,9 @@ class ViT(nn.Module):
   ``key``, ``value`` of shape ``[dim, heads, dim / heads]``, ``out``),
   ``Norm_1``, ``Dense_0`` and ``Dense_1``, then ``Norm_0`` and ``Dense_0``.
 
+  Its convolutions have gradients of their own: forward-mode differentiation
+  (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) is not available.
+
   Attributes:
     patch: The side of a patch in pixels; it divides the images' sides.
     dim: The width of the residual stream.

@@ -89,6 +89,17 @@ class ManyModelsTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(info.objectives[0], pairwise(models), rtol=1e-3)
 
+  def test_few_sweeps(self):
+    """A model whose ascent was cut short is taken up again."""
+    params, spec, _ = _networks.mlp((5, 9, 9, 9, 9, 3))
+    move = alignment.random_permutations(spec, params, jax.random.key(3))
+    moved = alignment.apply_permutations(spec, params, move)
+    # The others are alike and large, so that they never move.
+    large = jax.tree.map(lambda leaf: 10 * leaf, params)
+    aligned, info = merge_many([moved, large, large], spec, max_sweeps=1)
+    self.assertTrue(info.converged)
+    chex.assert_trees_all_close(aligned[0], params)
+
   @parameterized.parameters(merge_many, cycle_consistent, published)
   def test_unlike_networks(self, match):
     spec = _networks.cnn()[1]

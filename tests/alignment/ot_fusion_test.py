@@ -15,6 +15,7 @@ from scipy import optimize
 
 from jaxmerge import alignment, tree
 from jaxmerge.alignment import Axis
+from tests.alignment import _networks
 
 WIDTHS = (12, 16)
 INPUTS, CLASSES = 7, 4
@@ -561,6 +562,59 @@ class SpecTest(parameterized.TestCase):
     spec = {"inner": self.spec["inner"], "stream": self.spec["stream"]}
     with self.assertRaisesRegex(ValueError, "no leaf that comes into group"):
       alignment.ot_align(self.residual(0), self.residual(1), spec)
+
+  def test_order_of_a_chain(self):
+    sizes = (4, 6, 5, 7, 3)
+    reference, model = (_networks.mlp(sizes, seed)[0] for seed in (0, 1))
+    spec = _networks.mlp(sizes)[1]
+    want, info = alignment.ot_align(reference, model, spec)
+    for names in (list(spec)[::-1], ["hidden_1", "hidden_0", "hidden_2"]):
+      turned = {group: spec[group] for group in names}
+      got, found = alignment.ot_align(reference, model, turned)
+      chex.assert_trees_all_equal(got, want)
+      chex.assert_trees_all_equal(found.permutations, info.permutations)
+      # Diagnostics are in the order that was given.
+      np.testing.assert_array_equal(
+        found.cost, [info.cost[list(spec).index(name)] for name in names]
+      )
+
+  def test_cycle_between_chains(self):
+    """The groups of a cycle keep their order, between what is around it."""
+
+    def draw(seed):
+      more = jax.random.normal(jax.random.key(seed), (2, 4))
+      return self.residual(seed) | {"first": more}
+
+    first = (Axis("first", 1), Axis("stem", 0, incoming=False))
+    reference, model = draw(0), draw(1)
+    want, _ = alignment.ot_align(
+      reference, model, {"first": first, **self.spec}
+    )
+    got, _ = alignment.ot_align(reference, model, {**self.spec, "first": first})
+    chex.assert_trees_all_equal(got, want)
+
+  def test_statistics_anywhere(self):
+    """Statistics in a collection below do not count, nor a leaf "mean"."""
+    for name in ("net/batch_stats/scale", "norm/mean"):
+      outer, *inner = name.split("/")
+      leaf = 1e6 * jnp.arange(3.0)
+      for part in inner[::-1]:
+        leaf = {part: leaf}
+      spec = {
+        "hidden": (Axis("a", 1), Axis(name, 0), Axis("b", 0, incoming=False))
+      }
+      params = {"a": jnp.eye(3), "b": jnp.ones((3, 2)), outer: leaf}
+      other = {**params, "a": jnp.eye(3)[:, ::-1]}
+      _, info = alignment.ot_align(params, other, spec)
+      np.testing.assert_array_equal(info.permutations["hidden"], [2, 1, 0])
+
+  def test_complex(self):
+    params = {"a": jnp.ones((2, 3), jnp.complex64), "b": jnp.ones((3, 1))}
+    spec = {"hidden": (Axis("a", 1), Axis("b", 0, incoming=False))}
+    with self.assertRaisesRegex(
+      ValueError, "leaf 'a' of group 'hidden' is com"
+    ):
+      alignment.ot_align(params, params, spec)
 
   def test_blocks_and_batch_stats(self):
     # A convolution, its statistics, and flattened images, of two widths.
