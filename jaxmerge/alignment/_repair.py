@@ -146,7 +146,7 @@ def repair(
   )
   if jnp.ndim(t):
     raise ValueError(f"t must be a scalar; got shape {jnp.shape(t)}")
-  if not isinstance(t, jax.core.Tracer) and not 0 <= float(t) <= 1:
+  if not isinstance(t, jax.core.Tracer) and not 0 <= np.asarray(t) <= 1:
     raise ValueError(f"t must lie in [0, 1]; got {t}")
   sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
   if len(sizes) != 1 or () in sizes or (0,) in sizes:

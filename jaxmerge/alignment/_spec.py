@@ -111,11 +111,10 @@ def _size(
     )
   shape = shapes[axis.leaf]
   begin = f"group '{group}': axis {axis.axis} of leaf '{axis.leaf}'"
-  if not isinstance(axis.axis, numbers.Integral):
+  if not _is_integer(axis.axis):
     raise SpecError(f"{begin} is no integer; give the number of the axis")
   if not all(
-    isinstance(times, numbers.Integral) and times >= 1
-    for times in (axis.outer, axis.inner)
+    _is_integer(times) and times >= 1 for times in (axis.outer, axis.inner)
   ):
     raise SpecError(
       f"{begin}: outer and inner must be positive integers; got {axis.outer}"
@@ -140,6 +139,10 @@ def _size(
       f" {axis.outer} * {axis.inner}"
     )
   return length // times
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, numbers.Integral)
 
 
 def split_axis(leaf: Any, axis: Axis) -> tuple[jax.Array, int]:
