@@ -167,7 +167,9 @@ def fit_curve(
     batch_size: global batch size.
     seed_axis: the leaves of `start`, `end` and `init`, and `key`, have a
       leading axis of seeds that are fitted at once.
-    **options: the further options of `training.train`.
+    **options: the further options of `training.train`, but for `state`:
+      fit a network with batch normalisation on its ``params`` alone, with a
+      loss in training mode, and use `alignment.reset_batch_stats` afterwards.
 
   Returns:
     The curve (with `seed_axis`, its points have the axis of seeds behind
@@ -201,6 +203,7 @@ def fit_curve(
   True
   """
   tree_lib.check_match(start, end, names=("start", "end"))
+  _fit_points.check_model(start, "start", options)
   check_options(
     kind, num_points, t_sampling, concentration, train_ends=train_ends
   )

@@ -36,6 +36,32 @@ def _loss_at(
   return loss
 
 
+def check_model(params: PyTree, name: str, options: dict[str, Any]) -> None:
+  """Raises unless a network's leaves are all weights, and the loss keeps none.
+
+  Args:
+    params: the network.
+    name: what the message calls it.
+    options: the further options of the training loop.
+
+  Raises:
+    ValueError: a leaf is a running statistic, or a state is given.
+  """
+  remedy = (
+    'Fit the curve through variables["params"], with a loss in training mode '
+    "that throws the updates away, and estimate the statistics of the result "
+    "with jaxmerge.alignment.reset_batch_stats."
+  )
+  for leaf in tree_lib.leaf_names(params):
+    if "batch_stats" in leaf.split("/"):
+      raise ValueError(
+        f"Leaf '{leaf}' of {name} is a running statistic, which is not to be "
+        f"trained. {remedy}"
+      )
+  if options.get("state") is not None:
+    raise ValueError(f"The networks of a curve carry no state. {remedy}")
+
+
 def fit_points(
   loss_fn: Callable[[PyTree, PyTree, jax.Array], Any],
   phi: Phi,

@@ -118,7 +118,9 @@ def fit_simplex(
     batch_size: global batch size.
     seed_axis: the leaves of the models, and `key`, have a leading axis of
       seeds that are fitted at once.
-    **options: the further options of `training.train`.
+    **options: the further options of `training.train`, but for `state`:
+      fit a network with batch normalisation on its ``params`` alone, with a
+      loss in training mode, and use `alignment.reset_batch_stats` afterwards.
 
   Returns:
     The merged parameters and a `SimplexInfo`.
@@ -170,6 +172,7 @@ def fit_simplex(
       f"sum to 1, got {t}."
     )
   common = common and count > 2
+  _fit_points.check_model(models[0], "model 0", options)
   floats = [tree_lib.partition(model)[0] for model in models]
   rest = tree_lib.partition(models[0])[1]
   if not jax.tree.leaves(floats[0]):

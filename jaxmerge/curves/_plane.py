@@ -70,6 +70,9 @@ class Plane:
   def through(cls, a: PyTree, b: PyTree, c: PyTree) -> Plane:
     """Makes the plane through three networks.
 
+    All floating-point leaves count, running statistics among them: give
+    ``params`` alone, with a `prepare` of `plane_values` that adds statistics.
+
     Args:
       a: the origin, any pytree of arrays.
       b: where the first axis points to.
@@ -80,9 +83,17 @@ class Plane:
 
     Raises:
       TreeMismatchError: the networks differ in structure, shape or dtype.
-      ValueError: the three lie on a straight line, or are not finite.
+      ValueError: the three lie on a straight line (or are no further off it
+        than rounding), are not finite, or complex.
     """
     tree_lib.check_match(a, b, c, names=("a", "b", "c"))
+    for name, leaf in zip(
+      tree_lib.leaf_names(a), jax.tree.leaves(a), strict=True
+    ):
+      if jnp.iscomplexobj(leaf):
+        raise ValueError(
+          f"Leaf '{name}' is complex: a plane needs real parameters."
+        )
     points = _curve.BezierCurve.through(a, b, c).points
     a, b, c = map(_wide, (a, b, c))
     first, second = tree_lib.sub(b, a), tree_lib.sub(c, a)
@@ -98,7 +109,14 @@ class Plane:
     if width:
       rest = tree_lib.weighted_sum([second, first], [1.0, -shift / width])
       height = float(tree_lib.norm(rest))
-    if height <= _COLLINEAR * max(length, width):
+    # What rounding to the leaves' dtypes may have moved the three by.
+    eps = max(
+      float(jnp.finfo(leaf.dtype).eps)
+      for leaf in jax.tree.leaves(points)
+      if tree_lib.is_float(leaf)
+    )
+    rounding = eps * float(tree_lib.norm(a))
+    if height <= max(_COLLINEAR * max(length, width), rounding):
       raise ValueError(
         "a, b and c lie on a straight line: no plane is determined "
         f"(||b - a|| is {width:g}, ||c - a|| is {length:g}, and c is "

@@ -87,11 +87,11 @@ class _File:
       raise ValueError(
         f"{path} was made for another grid. Choose another file, or remove it."
       )
-    for name in ("plane", "data"):
-      if identity[name] != self._identity[name]:
+    for name, mine in self._identity.items():
+      if identity.get(name) != mine:
         raise ValueError(
-          f"{path} was made with another {name}: {identity[name]} there and "
-          f"{self._identity[name]} here (checksums). Choose another file, or "
+          f"{path} was made with another {name}: {identity.get(name)} there "
+          f"and {mine} here (of arrays, checksums). Choose another file, or "
           "remove it."
         )
     self.done = done
@@ -154,6 +154,7 @@ def plane_values(
   *,
   chunk: int = 128,
   path: str | os.PathLike[str] | None = None,
+  tag: str = "",
   prepare: Callable[[PyTree], PyTree] | None = None,
   progress: str | None = None,
   **options: Any,
@@ -180,9 +181,12 @@ def plane_values(
       the file is written; smaller ones also need less memory.
     path: an npz file that is written after every chunk, under a temporary
       name that is then renamed. A call that finds it goes on from it.
+    tag: what the file is of beyond plane, grid and data: functions cannot be
+      compared, so that another ``metric_fn`` or ``prepare`` needs another tag
+      or file. A file with another tag is refused.
     prepare: `prepare(params) -> what metric_fn gets`, see `profile`.
     progress: label of a progress bar, None for none.
-    **options: `batch_size` and `devices` of `training.evaluate`.
+    **options: `batch_size`, `indices` and `devices` of `training.evaluate`.
 
   Returns:
     A `PlaneValues`.
@@ -215,6 +219,11 @@ def plane_values(
     raise ValueError(f"chunk must be at least 1, got {chunk}.")
   if not datasets:
     raise ValueError("datasets is empty: give at least one, by name.")
+  if slashed := [name for name in datasets if "/" in name]:
+    raise ValueError(
+      f"The name {slashed[0]!r} of a data set has a '/', which parts names of "
+      "data sets and metrics in the file. Choose another name."
+    )
   devices = options.pop("devices", None)
   placed = {
     name: data
@@ -232,6 +241,9 @@ def plane_values(
         name: _checksum(training.first_replica(data.value))
         for name, data in placed.items()
       },
+      "tag": tag,
+      "prepare": "given" if prepare is not None else "none",
+      "indices": _checksum(np.asarray(options.get("indices", ()))),
     }
   file = _File(None if path is None else pathlib.Path(path), identity, (xs, ys))
   # As even as can be: the last chunk is filled up to the size of the others.

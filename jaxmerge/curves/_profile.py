@@ -186,7 +186,20 @@ def profile(
 
 @jax.jit
 def _norms(curve: Any, ts: jax.Array) -> jax.Array:
-  return jax.lax.map(lambda t: tree_lib.norm(curve(t)), ts)
+  def norm(t: jax.Array) -> jax.Array:
+    params = curve(t)
+    # Running statistics are no weights.
+    return tree_lib.norm(
+      [
+        leaf
+        for name, leaf in zip(
+          tree_lib.leaf_names(params), jax.tree.leaves(params), strict=True
+        )
+        if "batch_stats" not in name.split("/")
+      ]
+    )
+
+  return jax.lax.map(norm, ts)
 
 
 def weight_norms(
@@ -196,6 +209,8 @@ def weight_norms(
   seed_axis: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Euclidean norms of the networks along a curve, ||phi(t)||, in one call.
+
+  Leaves in a collection ``batch_stats`` do not count.
 
   Args:
     curve: a `BezierCurve` or `PolyChain`.

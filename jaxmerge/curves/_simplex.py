@@ -163,13 +163,20 @@ class BezierSimplex:
       first model.
 
     Raises:
-      ValueError: another number of coordinates than of models.
+      ValueError: another number of coordinates than of models, or values
+        that are negative or do not sum to 1 (traced ones are not checked).
     """
     t = jnp.asarray(t, jnp.float32)
     if t.shape != (self.num_models,):
       raise ValueError(
         f"t must hold {self.num_models} barycentric coordinates, got shape "
         f"{t.shape}."
+      )
+    if not isinstance(t, jax.core.Tracer) and (
+      (t < 0).any() or abs(float(t.sum()) - 1) > 1e-5
+    ):
+      raise ValueError(
+        f"t must hold coordinates that are not negative and sum to 1, got {t}."
       )
     points = [self.point(index) for index in range(self.num_points)]
     return tree_lib.weighted_sum(points, simplex_weights(t, common=self.common))

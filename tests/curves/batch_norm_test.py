@@ -31,6 +31,32 @@ def _loss(params, batch, key):
 
 
 class BatchNormTest(absltest.TestCase):
+  def test_statistics_are_not_trained(self):
+    variables = [
+      _MODEL.init(jax.random.key(seed), jnp.zeros((1, 4, 4, 1)))
+      for seed in range(2)
+    ]
+    options = {"key": jax.random.key(2), "batch_size": 16, "devices": 1}
+    message = "'batch_stats/.*is a running statistic.*reset_batch_stats"
+    with self.assertRaisesRegex(ValueError, message):
+      curves.fit_curve(_loss, *variables, _data(), **options)
+    with self.assertRaisesRegex(ValueError, message):
+      curves.fit_simplex(_loss, variables, _data(), **options)
+    with self.assertRaisesRegex(ValueError, "carry no state"):
+      curves.fit_curve(
+        _loss,
+        variables[0]["params"],
+        variables[1]["params"],
+        _data(),
+        state=variables[0]["batch_stats"],
+        **options,
+      )
+    line = curves.BezierCurve.through(*variables)
+    weights = curves.BezierCurve.through(*(v["params"] for v in variables))
+    np.testing.assert_array_equal(
+      curves.weight_norms(line, 3)[1], curves.weight_norms(weights, 3)[1]
+    )
+
   def test_fit_curve_on_params_only(self):
     init = jax.jit(_MODEL.init)
     start, end = (

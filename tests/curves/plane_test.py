@@ -101,6 +101,22 @@ class PlaneTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "straight line.*another c"):
       curves.Plane.through(a, b, tree.lerp(a, b, share))
 
+  def test_rounding_is_no_plane(self):
+    # Fine-tuned networks: small changes of large parameters.
+    rng = np.random.default_rng(0)
+    a = {"w": rng.normal(size=1000).astype(np.float32)}
+    b = {"w": a["w"] + 1e-3 * rng.normal(size=1000).astype(np.float32)}
+    c = tree.lerp(a, b, 0.3)
+    with self.assertRaisesRegex(ValueError, "straight line"):
+      curves.Plane.through(a, b, c)
+    off = {"w": c["w"] + 1e-4 * rng.normal(size=1000).astype(np.float32)}
+    self.assertGreater(curves.Plane.through(a, b, off).height, 1e-3)
+
+  def test_complex(self):
+    a, b, c = ({"w": np.array([1j, i], np.complex64)} for i in range(3))
+    with self.assertRaisesRegex(ValueError, "'w' is complex"):
+      curves.Plane.through(a, b, c)
+
   def test_equal_ends(self):
     a, _, c = _nets()
     with self.assertRaisesRegex(ValueError, "straight line"):
@@ -216,6 +232,16 @@ class PlaneValuesTest(parameterized.TestCase):
       _values(path=self.path, sets=_SETS | {"test": _data(6, 3)})
     with self.assertRaisesRegex(ValueError, "another data"):
       _values(path=self.path, sets={"train": _SETS["train"]})
+    with self.assertRaisesRegex(ValueError, "another tag:  there and b here"):
+      _values(path=self.path, tag="b")
+    with self.assertRaisesRegex(ValueError, "another prepare: none there"):
+      _values(path=self.path, prepare=lambda params: params)
+    with self.assertRaisesRegex(ValueError, "another indices"):
+      _values(path=self.path, indices=[0, 1])
+
+  def test_names_with_a_slash(self):
+    with self.assertRaisesRegex(ValueError, "'mnist/train' of a data set"):
+      _values(path=self.path, sets={"mnist/train": _SETS["train"]})
 
   @parameterized.parameters(b"", b"PK\x03\x04", b"half a file")
   def test_damaged_file(self, content):
