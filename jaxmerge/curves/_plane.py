@@ -17,6 +17,8 @@ PyTree = Any
 
 # Of float32: what is left of c - a may be roundings alone.
 _COLLINEAR = 1e-5
+# Roundings of three networks, and of one that is computed from two of them.
+_ROUNDINGS = 2.0
 
 
 def _wide(params: PyTree) -> PyTree:
@@ -29,6 +31,16 @@ def _wide(params: PyTree) -> PyTree:
     ),
     params,
   )
+
+
+def _rounding(points: PyTree, index: int) -> float:
+  """By how much a network may be moved by rounding, leaf by leaf."""
+  squares = 0.0
+  for leaf in jax.tree.leaves(points):
+    if tree_lib.is_float(leaf):
+      norm = float(tree_lib.norm(_wide(leaf[index])))
+      squares += (float(jnp.finfo(leaf.dtype).eps) * norm) ** 2
+  return _ROUNDINGS * math.sqrt(squares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +121,7 @@ class Plane:
     if width:
       rest = tree_lib.weighted_sum([second, first], [1.0, -shift / width])
       height = float(tree_lib.norm(rest))
-    # What rounding to the leaves' dtypes may have moved the three by.
-    eps = max(
-      float(jnp.finfo(leaf.dtype).eps)
-      for leaf in jax.tree.leaves(points)
-      if tree_lib.is_float(leaf)
-    )
-    rounding = eps * float(tree_lib.norm(a))
+    rounding = max(_rounding(points, index) for index in range(3))
     if height <= max(_COLLINEAR * max(length, width), rounding):
       raise ValueError(
         "a, b and c lie on a straight line: no plane is determined "

@@ -154,7 +154,6 @@ def plane_values(
   *,
   chunk: int = 128,
   path: str | os.PathLike[str] | None = None,
-  tag: str = "",
   prepare: Callable[[PyTree], PyTree] | None = None,
   progress: str | None = None,
   **options: Any,
@@ -181,9 +180,8 @@ def plane_values(
       the file is written; smaller ones also need less memory.
     path: an npz file that is written after every chunk, under a temporary
       name that is then renamed. A call that finds it goes on from it.
-    tag: what the file is of beyond plane, grid and data: functions cannot be
-      compared, so that another ``metric_fn`` or ``prepare`` needs another tag
-      or file. A file with another tag is refused.
+      The first chunk is computed again and compared, so that a file of
+      another ``metric_fn`` or ``prepare`` is refused.
     prepare: `prepare(params) -> what metric_fn gets`, see `profile`.
     progress: label of a progress bar, None for none.
     **options: `batch_size`, `indices` and `devices` of `training.evaluate`.
@@ -241,9 +239,7 @@ def plane_values(
         name: _checksum(training.first_replica(data.value))
         for name, data in placed.items()
       },
-      "tag": tag,
-      "prepare": "given" if prepare is not None else "none",
-      "indices": _checksum(np.asarray(options.get("indices", ()))),
+      "indices": _checksum(_as_rows(options.get("indices"))),
     }
   file = _File(None if path is None else pathlib.Path(path), identity, (xs, ys))
   # As even as can be: the last chunk is filled up to the size of the others.
@@ -257,6 +253,18 @@ def plane_values(
     unit="points",
   ) as bar:
     for name, data in placed.items():
+      if file.done[name]:
+        # Functions leave no mark in the file, their values do.
+        first = weights[:chunk]
+        means = _profile.evaluate_sums(
+          metric_fn,
+          plane.points,
+          np.concatenate([first, first[-1:].repeat(chunk - len(first), 0)]),
+          data,
+          prepare=prepare,
+          **options,
+        )
+        _check_same(file.values[name], _as_metrics(means, chunk), path)
       for start in range(file.done[name], total, chunk):
         rows = weights[start : start + chunk]
         count = len(rows)
@@ -286,6 +294,26 @@ def plane_values(
     },
     seconds=time.perf_counter() - begin,
   )
+
+
+def _as_rows(indices: Any) -> np.ndarray:
+  """Rows of the data as their file knows them; none given, an empty array."""
+  return np.asarray(() if indices is None else indices, np.int64)
+
+
+def _check_same(
+  known: dict[str, np.ndarray], found: dict[str, np.ndarray], path: Any
+) -> None:
+  """Raises unless the first point has the values that the file has."""
+  for name, array in known.items():
+    if name in found and not np.isclose(
+      array[0], found[name][0], rtol=1e-3, atol=1e-6, equal_nan=True
+    ):
+      raise ValueError(
+        f"{path} was made with another metric_fn or prepare: its first "
+        f"{name} is {array[0]:g}, and now {found[name][0]:g}. Choose another "
+        "file, or remove it."
+      )
 
 
 def _as_metrics(means: Any, points: int) -> dict[str, np.ndarray]:

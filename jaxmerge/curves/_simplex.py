@@ -34,7 +34,8 @@ def simplex_weights(t: jax.Array, *, common: bool = True) -> jax.Array:
     not negative, sum 1.
 
   Raises:
-    ValueError: t is not a vector of at least two.
+    ValueError: t is not a vector of at least two, or holds values that are
+      negative or do not sum to 1 (traced ones are not checked).
 
   >>> weights = simplex_weights(jnp.array([0.5, 0.5]))
   >>> weights.tolist()
@@ -45,6 +46,13 @@ def simplex_weights(t: jax.Array, *, common: bool = True) -> jax.Array:
     raise ValueError(
       "t must hold the barycentric coordinates of at least 2 models, got "
       f"shape {t.shape}."
+    )
+  # NaN passes no comparison.
+  if not isinstance(t, jax.core.Tracer) and not (
+    bool((t >= 0).all()) and abs(float(t.sum()) - 1) <= 1e-5
+  ):
+    raise ValueError(
+      f"t must hold coordinates that are not negative and sum to 1, got {t}."
     )
   first, second = jnp.array(pairs(len(t))).T
   edges = 2 * t[first] * t[second]
@@ -171,12 +179,6 @@ class BezierSimplex:
       raise ValueError(
         f"t must hold {self.num_models} barycentric coordinates, got shape "
         f"{t.shape}."
-      )
-    if not isinstance(t, jax.core.Tracer) and (
-      (t < 0).any() or abs(float(t.sum()) - 1) > 1e-5
-    ):
-      raise ValueError(
-        f"t must hold coordinates that are not negative and sum to 1, got {t}."
       )
     points = [self.point(index) for index in range(self.num_points)]
     return tree_lib.weighted_sum(points, simplex_weights(t, common=self.common))

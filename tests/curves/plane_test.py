@@ -12,7 +12,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxmerge import curves, training, tree
-from jaxmerge.curves import _profile
+from jaxmerge.curves import _plane_values
 
 
 def _nets(dtype=np.float32):
@@ -112,6 +112,23 @@ class PlaneTest(parameterized.TestCase):
     off = {"w": c["w"] + 1e-4 * rng.normal(size=1000).astype(np.float32)}
     self.assertGreater(curves.Plane.through(a, b, off).height, 1e-3)
 
+  def test_of_mixed_dtypes(self):
+    # What is small and coarse does not hide what is large and fine.
+    rng = np.random.default_rng(0)
+    nets = [
+      {
+        "w": rng.normal(size=1000).astype(np.float32) * np.float32(size) + 1,
+        "b": jnp.zeros(4, jnp.bfloat16),
+      }
+      for size in (0, 1e-3, 1e-3)
+    ]
+    self.assertGreater(curves.Plane.through(*nets).height, 1e-2)
+
+  def test_without_floats(self):
+    nets = [{"n": np.array([i, i * i])} for i in range(3)]
+    with self.assertRaisesRegex(ValueError, "straight line"):
+      curves.Plane.through(*nets)
+
   def test_complex(self):
     a, b, c = ({"w": np.array([1j, i], np.complex64)} for i in range(3))
     with self.assertRaisesRegex(ValueError, "'w' is complex"):
@@ -192,31 +209,31 @@ class PlaneValuesTest(parameterized.TestCase):
     )
 
   def test_resume(self):
-    """Broken off after each call, it goes on where the file ends."""
+    """Broken off after each chunk, it goes on where the file ends."""
     whole = _values()
-    run = _profile.evaluate_sums
-    calls = []
+    write = _plane_values._File.add
+    chunks, rounds = [], 0
 
-    def broken(*args, **kwargs):
-      if calls and calls[-1] is None:
+    def broken(file, name, start, *args):
+      if len(chunks) > rounds:
         raise KeyboardInterrupt
-      calls.append(None)
-      return run(*args, **kwargs)
+      write(file, name, start, *args)
+      chunks.append((name, start))
 
-    rounds = 0
     while True:
-      calls.append("begin")
-      with mock.patch.object(_profile, "evaluate_sums", broken):
+      with mock.patch.object(_plane_values._File, "add", broken):
         try:
           found = _values(path=self.path)
           break
         except KeyboardInterrupt:
           rounds += 1
-    # Twelve points of two sets in chunks of four.
-    self.assertEqual(calls.count(None), 6)
+    # Twelve points of two sets in chunks of four, each written once.
+    self.assertEqual(
+      chunks, [(name, start) for name in _SETS for start in (0, 4, 8)]
+    )
     self.assertEqual(rounds, 5)
     jax.tree.map(np.testing.assert_array_equal, found.values, whole.values)
-    with mock.patch.object(_profile, "evaluate_sums", side_effect=TypeError):
+    with mock.patch.object(_plane_values._File, "add", side_effect=TypeError):
       again = _values(path=self.path)
     jax.tree.map(np.testing.assert_array_equal, again.values, whole.values)
     self.assertEqual([self.path], list(self.path.parent.iterdir()))
@@ -232,12 +249,15 @@ class PlaneValuesTest(parameterized.TestCase):
       _values(path=self.path, sets=_SETS | {"test": _data(6, 3)})
     with self.assertRaisesRegex(ValueError, "another data"):
       _values(path=self.path, sets={"train": _SETS["train"]})
-    with self.assertRaisesRegex(ValueError, "another tag:  there and b here"):
-      _values(path=self.path, tag="b")
-    with self.assertRaisesRegex(ValueError, "another prepare: none there"):
-      _values(path=self.path, prepare=lambda params: params)
     with self.assertRaisesRegex(ValueError, "another indices"):
       _values(path=self.path, indices=[0, 1])
+    doubled = lambda params: jax.tree.map(lambda x: 2 * x, params)  # noqa: E731
+    with self.assertRaisesRegex(ValueError, "another metric_fn or prepare"):
+      _values(path=self.path, prepare=doubled)
+    _values(path=self.path, indices=None)
+    self.path.unlink()
+    _values(path=self.path, indices=[0, 1])
+    _values(path=self.path, indices=np.array([0, 1], np.int32))
 
   def test_names_with_a_slash(self):
     with self.assertRaisesRegex(ValueError, "'mnist/train' of a data set"):

@@ -119,9 +119,11 @@ class WeightsTest(parameterized.TestCase):
       through([a, b], [c], a)
     with self.assertRaisesRegex(ValueError, "2 barycentric coordinates"):
       through([a, b], [c])([1.0, 0.0, 0.0])
-    for t in ([3.0, -2.0], [1.0, 1.0]):
+    for t in ([3.0, -2.0], [1.0, 1.0], [np.nan, 1.0]):
       with self.assertRaisesRegex(ValueError, "not negative and sum to 1"):
         through([a, b], [c])(t)
+      with self.assertRaisesRegex(ValueError, "not negative and sum to 1"):
+        curves.simplex_weights(jnp.array(t))
     with self.assertRaisesRegex(ValueError, "at least 2 models"):
       curves.simplex_weights(jnp.ones(1))
     with self.assertRaisesRegex(tree.TreeMismatchError, "w"):
