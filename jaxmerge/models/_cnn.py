@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _conv, _norms
+from jaxmerge.models import _blocks, _norms
 
 HEADS = ("pool", "flatten")
 
@@ -86,24 +86,16 @@ class CNN(nn.Module):
     """
     _norms.check_images("CNN", x)
     for i, width in enumerate(self.widths):
-      x = nn.Conv(
-        width,
-        (3, 3),
-        use_bias=self.norm == "none",
-        kernel_init=nn.initializers.he_normal(),
-        conv_general_dilated=_conv.conv_general_dilated,
-        name=f"Conv_{i}",
-      )(x)
-      x = _norms.apply_norm(
-        self.norm,
+      x = _blocks.conv_norm_relu(
         x,
+        width,
+        i,
+        self.norm,
         train,
         mask,
         num_groups=self.num_groups,
         axis_name=self.axis_name,
-        name=f"Norm_{i}",
       )
-      x = nn.relu(x)
       if min(x.shape[1:3]) > 1:
         x = nn.max_pool(x, (2, 2), (2, 2))
     if self.head == "pool":

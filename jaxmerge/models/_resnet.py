@@ -7,7 +7,7 @@ import functools
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _conv, _norms
+from jaxmerge.models import _blocks, _conv, _norms
 
 #: Stages of a network; each but the first halves the image.
 _STAGES = 3
@@ -144,24 +144,16 @@ class ResNet(nn.Module):
       The logits, shape ``[b, num_classes]``.
     """
     _norms.check_images("ResNet", x)
-    x = nn.Conv(
-      self.width,
-      (3, 3),
-      use_bias=self.norm == "none",
-      kernel_init=nn.initializers.he_normal(),
-      conv_general_dilated=_conv.conv_general_dilated,
-      name="Conv_0",
-    )(x)
-    x = _norms.apply_norm(
-      self.norm,
+    x = _blocks.conv_norm_relu(
       x,
+      self.width,
+      0,
+      self.norm,
       train,
       mask,
       num_groups=self.num_groups,
       axis_name=self.axis_name,
-      name="Norm_0",
     )
-    x = nn.relu(x)
     blocks = (self.depth - 2) // (2 * _STAGES)
     for i in range(_STAGES * blocks):
       stage, position = divmod(i, blocks)

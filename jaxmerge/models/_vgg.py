@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmerge.models import _conv, _norms
+from jaxmerge.models import _blocks, _norms
 
 #: Pools, where a plan has no number of channels.
 POOL = "M"
@@ -102,24 +102,16 @@ class VGG(nn.Module):
           )
         x = nn.max_pool(x, (2, 2), (2, 2))
         continue
-      x = nn.Conv(
-        entry,
-        (3, 3),
-        use_bias=self.norm == "none",
-        kernel_init=nn.initializers.he_normal(),
-        conv_general_dilated=_conv.conv_general_dilated,
-        name=f"Conv_{index}",
-      )(x)
-      x = _norms.apply_norm(
-        self.norm,
+      x = _blocks.conv_norm_relu(
         x,
+        entry,
+        index,
+        self.norm,
         train,
         mask,
         num_groups=self.num_groups,
         axis_name=self.axis_name,
-        name=f"Norm_{index}",
       )
-      x = nn.relu(x)
       index += 1
     x = x.mean((1, 2))
     for i, width in enumerate(self.hidden):
