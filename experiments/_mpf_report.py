@@ -142,7 +142,8 @@ def table(results: dict[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+  """Writes a picture under a temporary name and renames it."""
   temporary = path.with_name(f".{path.name}")
   figure.savefig(temporary, format="png", dpi=110)
   temporary.replace(path)
@@ -171,7 +172,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
   axes.set_xlim(max(0, lowest - 5), 100 if lowest > 60 else None)
   axes.set_xlabel("accuracy %")
   axes.set_title(title)
-  _save(figure, workdir / "rows.png")
+  save_figure(figure, workdir / "rows.png")
   pyplot.close(figure)
 
   if not results["paths"]:
@@ -198,5 +199,5 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
   figure.suptitle(
     f"{title}, seed {config['seeds'][0]}: from {start} (t = 0) to B (t = 1)"
   )
-  _save(figure, workdir / "curve.png")
+  save_figure(figure, workdir / "curve.png")
   pyplot.close(figure)

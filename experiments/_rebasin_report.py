@@ -124,7 +124,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     axes.set_ylabel("test loss")
   panels[0][-1].legend(fontsize="small")
   figure.suptitle(f"{config['dataset']}, {config['network']}")
-  _mpf_report._save(figure, workdir / "profiles.png")
+  _mpf_report.save_figure(figure, workdir / "profiles.png")
   pyplot.close(figure)
 
 

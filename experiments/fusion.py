@@ -39,7 +39,7 @@ PyTree = Any
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-# --config, --workdir, --data_dir and --progress are those of experiments.mpf.
+# The flags are those of experiments.mpf, and --publish.
 
 # For the draws of examples and of random alignments.
 _EXAMPLES_STAGE, _RANDOM_STAGE = 100, 101
@@ -116,16 +116,12 @@ def activations(
   study: _mpf_study.Study, params: PyTree, images: jax.Array
 ) -> dict[str, jax.Array]:
   """Outputs of the hidden layers before the ReLU, by the layer's name."""
-  _, state = study.model.apply(
-    {"params": params}, study.normalize(images), capture_intermediates=True
+  layers_fn = alignment.flax_activations(study.model)
+  return alignment.group_activations(
+    alignment.derive_spec(params),
+    params,
+    layers_fn(params, study.normalize(images)),
   )
-  layers = {
-    name: values["__call__"][0]
-    for name, values in state["intermediates"].items()
-    if name != "__call__"
-  }
-  hidden = alignment.derive_spec(params)
-  return {name: layers[name] for name in hidden}
 
 
 def _aligners(

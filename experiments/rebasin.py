@@ -38,7 +38,7 @@ from experiments import (
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-# --config, --workdir, --data_dir and --progress are those of experiments.mpf.
+# The flags are those of experiments.mpf, and --publish.
 
 
 def run(
