@@ -27,12 +27,34 @@ def check(what: str, values: PyTree) -> None:
   ...
   ValueError: leaf 'x' of data has entries that are NaN or infinite; ...
   """
+  name = first_bad(values)
+  if name is not None:
+    leaf = f"leaf '{name}' of {what}" if name else what
+    raise ValueError(
+      f"{leaf} has entries that are NaN or infinite; there are no statistics"
+      " of them: leave such examples out, or find out why training diverged"
+    )
+
+
+def first_bad(values: PyTree) -> str | None:
+  """The name of the first leaf with an entry that is not finite.
+
+  Args:
+    values: A pytree of arrays; traced ones are not looked at, nor those that
+      are not floating-point.
+
+  Returns:
+    The name, or None if all entries are finite.
+
+  >>> first_bad({"a": jnp.ones(2), "x": jnp.array([1.0, jnp.inf])})
+  'x'
+  """
   leaves = jax.tree.leaves(values)
   # Values are known within a trace, too, where they do not depend on it.
   with jax.ensure_compile_time_eval():
     finite = jax.device_get(
       [
-        all_finite(leaf)
+        _all_finite(leaf)
         if tree.is_float(leaf) and not isinstance(leaf, jax.core.Tracer)
         else True
         for leaf in leaves
@@ -40,14 +62,11 @@ def check(what: str, values: PyTree) -> None:
     )
   for name, is_finite in zip(tree.leaf_names(values), finite, strict=True):
     if not is_finite:
-      leaf = f"leaf '{name}' of {what}" if name else what
-      raise ValueError(
-        f"{leaf} has entries that are NaN or infinite; there are no statistics"
-        " of them: leave such examples out, or find out why training diverged"
-      )
+      return name
+  return None
 
 
 @jax.jit
-def all_finite(leaf: jax.Array) -> jax.Array:
+def _all_finite(leaf: jax.Array) -> jax.Array:
   """Whether all entries are finite, a bool scalar."""
   return jnp.isfinite(leaf).all()

@@ -118,21 +118,12 @@ def check_finite(**trees: PyTree) -> None:
         " outside of jax.jit, jax.vmap and jax.grad"
       )
   for name, params in trees.items():
-    leaves = jax.tree.leaves(params)
-    finite = jax.device_get(
-      [
-        _finite.all_finite(leaf) if tree.is_float(leaf) else True
-        for leaf in leaves
-      ]
-    )
-    for leaf_name, is_finite in zip(
-      tree.leaf_names(params), finite, strict=True
-    ):
-      if not is_finite:
-        raise ValueError(
-          f"leaf '{leaf_name}' of {name} has entries that are NaN or infinite;"
-          " neurons cannot be compared by them"
-        )
+    leaf_name = _finite.first_bad(params)
+    if leaf_name is not None:
+      raise ValueError(
+        f"leaf '{leaf_name}' of {name} has entries that are NaN or infinite;"
+        " neurons cannot be compared by them"
+      )
 
 
 def widened(params: PyTree) -> PyTree:
