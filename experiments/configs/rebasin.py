@@ -83,13 +83,13 @@ def get_config(variant: str = "mnist-mlp512") -> ml_collections.ConfigDict:
     config.learning_rates = (0.1,)
     config.seeds = (0,)
     config.crop_padding, config.flip = 4, True
-    config.methods = METHODS[:4]
     # What two cores can do in about an hour.
     config.epochs = 5
     config.matching_examples = 256
     config.repair_examples = 2_000
     config.profile_examples = 2_000
     config.profile_points = 5
+    config.straight_through_steps = 50
   elif config.dataset == "cifar10":
     config.learning_rates = (0.1, 0.01)
   if config.dataset == "digits":
