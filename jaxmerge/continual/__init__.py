@@ -1,0 +1,1 @@
+"""Continual learning: streams of tasks, and what is measured on them."""
