@@ -1,0 +1,1 @@
+"""Continual learning by merging: streams, replay, strategies, metrics."""
