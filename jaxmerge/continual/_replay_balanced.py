@@ -111,7 +111,7 @@ def _class_balanced(capacity: int, num_classes: int) -> Replay:
     features: Any = None,
   ) -> ReplayState:
     del features
-    batch = _replay_batch.prepare(
+    state, batch = _replay_batch.prepare(
       state,
       items,
       labels,

@@ -29,8 +29,8 @@ def prepare(
   groups: int,
   num_classes: int | None = None,
   num_tasks: int | None = None,
-) -> Batch:
-  """Checks a batch and brings it into one form.
+) -> tuple[ReplayState, Batch]:
+  """Checks a batch and brings it and the state into one form.
 
   Args:
     state: The buffer.
@@ -44,7 +44,7 @@ def prepare(
     num_tasks: Tasks must be below it, if given.
 
   Returns:
-    The batch.
+    The state as JAX arrays, and the batch.
 
   Raises:
     ReplayError: See `AddFn`.
@@ -86,12 +86,13 @@ def prepare(
   keep = jnp.ones(n, bool) if mask is None else jnp.asarray(mask)
   for values, limit in zip((labels, tasks), limits, strict=True):
     keep &= jnp.asarray((values >= 0) & (values < limit))
-  return Batch(
+  batch = Batch(
     jax.tree.map(jnp.asarray, items),
     jnp.asarray(labels).astype(jnp.int32),
     jnp.broadcast_to(jnp.asarray(tasks).astype(jnp.int32), (n,)),
     keep,
   )
+  return _replay_state.on_device(state), batch
 
 
 def other_policy(policy: str) -> ReplayError:
@@ -245,9 +246,11 @@ def _check_items(stored: PyTree, items: PyTree, n: int) -> None:
   ):
     shape = np.shape(leaf)
     if shape and shape[0] != n:
+      # An item that is one array has no name.
+      what = f"leaf '{name}' of items" if name else "items"
       raise ReplayError(
-        f"leaf '{name}' of items has {shape[0]} rows but labels has {n}; give"
-        " one label for each item"
+        f"{what} has {shape[0]} rows but labels has {n}; give one label for"
+        " each item"
       )
   tree.check_match(
     jax.tree.map(

@@ -151,7 +151,7 @@ def _herding(capacity: int, num_classes: int, per: str) -> Replay:
     features: Any = None,
   ) -> ReplayState:
     del key
-    batch = _replay_batch.prepare(
+    state, batch = _replay_batch.prepare(
       state,
       items,
       labels,

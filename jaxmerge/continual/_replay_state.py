@@ -58,7 +58,7 @@ def valid(state: ReplayState) -> jax.Array:
   Returns:
     bool [slots], after the leading axes.
   """
-  return state.label >= 0
+  return jnp.asarray(state.label) >= 0
 
 
 def filled(state: ReplayState) -> jax.Array:
@@ -70,7 +70,7 @@ def filled(state: ReplayState) -> jax.Array:
   Returns:
     int32 scalar in [0, slots], or one for each seed.
   """
-  return valid(state).sum(-1, dtype=jnp.int32)
+  return jnp.sum(valid(state), axis=-1, dtype=jnp.int32)
 
 
 def counts(state: ReplayState, num_classes: int) -> jax.Array:
@@ -110,7 +110,7 @@ def sample(
     to draw. Then the items are zeros and the labels and tasks -1.
 
   Raises:
-    ReplayError: If n is below 1.
+    ReplayError: If n is below 1, or the state has an axis of seeds.
 
   >>> from jaxmerge.continual import replay
   >>> buffer = replay.ring(2)
@@ -120,6 +120,8 @@ def sample(
   (True, [1, 1, 1, 1], True)
   """
   check_positive("n", n)
+  check_one_seed(state)
+  state = on_device(state)
   drawable = valid(state)
   if exclude_task is not None:
     drawable &= state.task != jnp.asarray(exclude_task, jnp.int32)
@@ -191,6 +193,11 @@ def size_in_bytes(state: ReplayState) -> int:
     for leaf in jax.tree.leaves(state.items)
   )
   return each * int(np.sum(np.asarray(state.label) >= 0))
+
+
+def on_device(state: ReplayState) -> ReplayState:
+  """The state as JAX arrays; one that was restored has NumPy arrays."""
+  return jax.tree.map(jnp.asarray, state)
 
 
 def check_one_seed(state: ReplayState) -> None:

@@ -150,7 +150,7 @@ def _reservoir(capacity: int, per: str, num_groups: int) -> Replay:
     features: Any = None,
   ) -> ReplayState:
     del features
-    batch = _replay_batch.prepare(
+    state, batch = _replay_batch.prepare(
       state,
       items,
       labels,
@@ -200,7 +200,7 @@ def _ring(capacity: int, per: str, num_groups: int) -> Replay:
     features: Any = None,
   ) -> ReplayState:
     del key, features
-    batch = _replay_batch.prepare(
+    state, batch = _replay_batch.prepare(
       state,
       items,
       labels,
