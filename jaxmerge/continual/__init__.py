@@ -1,1 +1,1 @@
-"""Continual learning: streams of tasks, and what is measured on them."""
+"""Continual learning by merging: streams, replay, strategies, metrics."""
