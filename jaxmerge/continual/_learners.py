@@ -1,0 +1,369 @@
+"""Learners: how the network of one task is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import training
+from jaxmerge.continual import (
+  _objective,
+  _problem,
+  _regularizers,
+  _training,
+)
+from jaxmerge.continual import replay as replay_lib
+
+PyTree = Any
+Data = dict[str, Any]
+
+STARTS = ("initial", "last", "merged")
+ROWS = ("task", "seen", "stream", "buffer")
+HEADS = ("all", "seen", "task")
+
+
+class Rehearsal(NamedTuple):
+  """How stored examples take part in the training of a task.
+
+  Attributes:
+    batch_size: number of stored examples a step.
+    weight: of their cross-entropy, beside that of the task's own batch; None
+      for 1/t of the own and 1 - 1/t of theirs at the t-th task.
+    soft_weight: of the squared distance to the logits that were stored with
+      them (DER's alpha), on a batch of its own.
+    online: fill the buffer while training, batch by batch, rather than after
+      the task; the task's own examples are then replayed, too.
+    project: use them to project the gradient (A-GEM) instead of in the loss.
+    augment: whether the problem's augmentation is applied to them.
+  """
+
+  batch_size: int = 32
+  weight: float | None = 1.0
+  soft_weight: float = 0.0
+  online: bool = False
+  project: bool = False
+  augment: bool = False
+
+
+class Learner(NamedTuple):
+  """How the network of a task is trained.
+
+  Attributes:
+    training: the settings of the training run.
+    start: where it starts: "initial" for the initial parameters, "last" for
+      the network of the task before, "merged" for what the strategy has made
+      of the tasks before.
+    rows: what it is trained on: "task", "seen" for the data of all tasks so
+      far, "stream" for those of all tasks (at the last one, before which there
+      is no network), or "buffer".
+    head: classes that the loss of the task's examples is over: "all", those
+      "seen" so far, or those of the "task" alone.
+    rehearsal: the part of stored examples, or None.
+    regularizer: the regulariser, or None.
+  """
+
+  training: _training.Training = _training.Training()
+  start: str = "last"
+  rows: str = "task"
+  head: str = "all"
+  rehearsal: Rehearsal | None = None
+  regularizer: _regularizers.Regularizer | None = None
+
+
+class LearnerState(NamedTuple):
+  """What a learner holds between tasks.
+
+  Attributes:
+    last: the network of the last task, None where it is not needed.
+    regularizer: the regulariser's state.
+  """
+
+  last: PyTree
+  regularizer: PyTree
+
+
+def check(learner: Learner, problem: _problem.Problem) -> None:
+  """Raises ValueError for what the learner cannot do on this problem."""
+  _training.check(learner.training, "training")
+  for field, known in (("start", STARTS), ("rows", ROWS), ("head", HEADS)):
+    if getattr(learner, field) not in known:
+      raise ValueError(
+        f"Unknown {field} {getattr(learner, field)!r}. Choose one of "
+        f"{', '.join(known)}."
+      )
+  rehearsal = learner.rehearsal
+  if rehearsal is None:
+    return
+  if rehearsal.batch_size < 1:
+    raise ValueError(
+      f"Rehearsal's batch_size must be at least 1, got {rehearsal.batch_size}."
+    )
+  for name in ("weight", "soft_weight"):
+    if (getattr(rehearsal, name) or 0) < 0:
+      raise ValueError(f"Rehearsal's {name} must not be negative.")
+  if rehearsal.project and rehearsal.soft_weight:
+    raise ValueError("project and soft_weight exclude each other.")
+  if (rehearsal.soft_weight or rehearsal.project) and not rehearsal.online:
+    raise ValueError(
+      "soft_weight and project work on a buffer that is filled while training: "
+      "set online=True."
+    )
+  if problem.replay is None:
+    raise ValueError(
+      "The strategy replays stored examples, but the problem has no replay "
+      "buffer. Give make_problem(replay=...), or choose a strategy that needs "
+      "no data."
+    )
+
+
+def describe(learner: Learner) -> str:
+  """A name that is the same for equal learners, in any process."""
+  regularizer = learner.regularizer
+  plain = learner._replace(
+    regularizer=None if regularizer is None else regularizer.name
+  )
+  return repr(plain)
+
+
+def needs_replay(learner: Learner) -> bool:
+  """Whether the learner uses stored examples."""
+  return learner.rehearsal is not None or learner.rows == "buffer"
+
+
+def init(learner: Learner, problem: _problem.Problem) -> LearnerState:
+  """The state before the first task."""
+  regularizer = learner.regularizer
+  return LearnerState(
+    last=problem.params if learner.start == "last" else None,
+    regularizer=None if regularizer is None else regularizer.init(problem),
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def _draw(batch_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Places of stored examples, two batches a step."""
+
+  def draw(key: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, step), (2, batch_size))
+
+  return draw
+
+
+def replay_example(
+  problem: _problem.Problem, soft: bool = False
+) -> dict[str, Any]:
+  """One example as the online buffer stores it."""
+  example: dict[str, Any] = {
+    name: jax.ShapeDtypeStruct(np.shape(values)[1:], np.asarray(values).dtype)
+    for name, values in problem.stream.train.items()
+  }
+  if soft:
+    example["logits"] = jax.ShapeDtypeStruct(
+      (problem.stream.num_classes,), jnp.float32
+    )
+  return example
+
+
+def init_online(
+  learner: Learner, problem: _problem.Problem
+) -> replay_lib.ReplayState | None:
+  """The empty buffer of a learner that fills it while training."""
+  rehearsal = learner.rehearsal
+  if rehearsal is None or not rehearsal.online:
+    return None
+  assert problem.replay is not None
+  state = problem.replay.init(
+    replay_example(problem, bool(rehearsal.soft_weight))
+  )
+  return jax.tree.map(lambda leaf: _problem.seed_axis(problem, leaf), state)
+
+
+def _labels(
+  problem: _problem.Problem, learner: Learner, task: int
+) -> dict[str, Any]:
+  own = problem.stream.scenario == "task-incremental"
+  head = "task" if own else learner.head
+  return {
+    "masks": _problem.seed_axis(
+      problem, _problem.head_masks(problem, head, task)
+    ),
+    "weight": _problem.seed_axis(problem, np.float32(1)),
+  }
+
+
+def _rehearse(
+  problem: _problem.Problem,
+  rehearsal: Rehearsal,
+  task: int,
+  buffer: np.ndarray,
+  frozen: Data,
+) -> tuple[list[str], Data]:
+  """The terms of stored examples, and their data."""
+  fill = functools.partial(_problem.seed_axis, problem)
+  own = problem.stream.scenario == "task-incremental"
+  masks = _problem.head_masks(problem, "task" if own else "seen", task)
+  names = []
+  data: Data = {}
+  count = buffer.shape[1]
+  weight = rehearsal.weight
+  if weight is None:
+    share = 1 / (task + 1)
+    weight = 1 - share
+    frozen["labels"]["weight"] = fill(np.float32(share))
+  if not rehearsal.online:
+    assert problem.replay is not None
+    slots = problem.replay.slots
+    rows = np.zeros((problem.num_seeds, slots), np.int32)
+    rows[:, :count] = buffer
+    data["buffer"] = {
+      "items": problem.examples(rows),
+      "count": fill(np.float32(count)),
+    }
+    # Nothing is stored before the second task.
+    weight = weight if count else 0.0
+  if rehearsal.project:
+    names.append("project")
+    data["replay"] = {"masks": fill(masks), "weight": fill(np.float32(1))}
+    return names, data
+  if weight or not rehearsal.online:
+    names.append("replay")
+    data["replay"] = {
+      "masks": fill(masks),
+      "weight": fill(np.float32(weight)),
+    }
+  if rehearsal.soft_weight:
+    names.append("soft_replay")
+    data["soft_replay"] = {"weight": fill(np.float32(rehearsal.soft_weight))}
+  return names, data
+
+
+def run(
+  problem: _problem.Problem,
+  settings: _training.Training,
+  terms: _objective.Terms,
+  params: PyTree,
+  rows: np.ndarray,
+  frozen: Data,
+  keys: jax.Array,
+  state: PyTree = None,
+) -> training.TrainResult:
+  """Trains on some rows of the problem's training pool.
+
+  Args:
+    problem: the problem.
+    settings: optimizer, length and batch size.
+    terms: what the loss is made of.
+    params: where to start.
+    rows: int32 `[seeds, n]`.
+    frozen: data of the terms.
+    keys: PRNG keys, one a seed.
+    state: state of the run, where the terms need one.
+
+  Returns:
+    The result, with the axis of seeds.
+  """
+  batch_size = min(settings.batch_size, rows.shape[1])
+  epochs = settings.epochs
+  if settings.iterations is not None:
+    rows = _training.tile_rows(rows, settings.iterations * batch_size, 0)
+    epochs = 1
+  plan = training.plan_epoch(
+    rows.shape[1], batch_size, len(problem.train.devices)
+  )
+  return training.train(
+    _objective.loss_fn(problem.logits_fn, terms),
+    params,
+    problem.train,
+    optimizer=_training.optimizer(settings, epochs, plan.steps),
+    epochs=epochs,
+    batch_size=batch_size,
+    keys=keys,
+    frozen=frozen,
+    state=state,
+    indices=rows,
+    transform=problem.transform if settings.augment else None,
+    draw=_draw(terms.replay_batch) if terms.replay_batch else None,
+  )
+
+
+def learn(
+  learner: Learner,
+  problem: _problem.Problem,
+  state: LearnerState,
+  task: int,
+  start: PyTree,
+  buffer: np.ndarray,
+  online: replay_lib.ReplayState | None = None,
+) -> tuple[PyTree, LearnerState, replay_lib.ReplayState | None]:
+  """Trains the network of a task.
+
+  Args:
+    learner: the learner.
+    problem: the problem.
+    state: the learner's state.
+    task: number of the task.
+    start: the network that it starts from.
+    buffer: int32 `[seeds, n]`, rows of the stored examples.
+    online: the buffer that is filled while training, or None.
+
+  Returns:
+    The network, the learner's new state, and the filled buffer.
+  """
+  rows = {
+    "task": lambda: problem.rows_of([task]),
+    "seen": lambda: problem.rows_of(range(task + 1)),
+    "stream": lambda: problem.rows_of(range(problem.num_tasks)),
+    "buffer": lambda: buffer,
+  }[learner.rows]()
+  names, run_state = ["labels"], {}
+  frozen: Data = {"labels": _labels(problem, learner, task)}
+  rehearsal, regularizer = learner.rehearsal, learner.regularizer
+  if rehearsal is not None:
+    more, data = _rehearse(problem, rehearsal, task, buffer, frozen)
+    names += more
+    frozen |= data
+    if online is not None:
+      run_state["buffer"] = online
+  if regularizer is not None:
+    for name, data in regularizer.terms(
+      problem, state.regularizer, start, task
+    ).items():
+      frozen[name] = frozen.get(name, {}) | data
+      names += [] if name == "labels" else [name]
+    if regularizer.follows:
+      names.append("path")
+      run_state["path"] = _objective.start_path(start)
+  transform = (
+    problem.transform if rehearsal is not None and rehearsal.augment else None
+  )
+  terms = _objective.Terms(
+    tuple(names),
+    0 if rehearsal is None else rehearsal.batch_size,
+    problem.replay if online is not None else None,
+    transform,
+  )
+  result = run(
+    problem,
+    learner.training,
+    terms,
+    start,
+    rows,
+    frozen,
+    problem.keys_for("learner", task),
+    run_state or None,
+  )
+  after = result.state or {}
+  if regularizer is not None:
+    state = state._replace(
+      regularizer=regularizer.after_task(
+        problem, state.regularizer, result.params, task, after.get("path")
+      )
+    )
+  if learner.start == "last":
+    state = state._replace(last=result.params)
+  return result.params, state, after.get("buffer")

@@ -1,0 +1,464 @@
+"""Merges: what is made of the networks of the tasks so far."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import alignment, curves, merging
+from jaxmerge import tree as tree_lib
+from jaxmerge.continual import _problem, _regularizers, _training
+
+PyTree = Any
+State = Any
+
+
+class Step(NamedTuple):
+  """What a merge is given after a task.
+
+  Attributes:
+    current: what the strategy has made of the tasks before.
+    expert: the network of this task.
+    task: its number.
+    buffer: int32 `[seeds, n]`, rows of the stored examples, this task's among
+      them; `[seeds, 0]` in a data-free run.
+  """
+
+  current: PyTree
+  expert: PyTree
+  task: int
+  buffer: np.ndarray
+
+
+class Merge(NamedTuple):
+  """A merge: pure functions over a state.
+
+  Attributes:
+    name: its name with its options.
+    init: `init(problem) -> state`, before the first task.
+    update: `update(problem, state, step) -> (merged, state)`.
+    needs_replay: whether it looks at stored examples.
+  """
+
+  name: str
+  init: Callable[[_problem.Problem], State]
+  update: Callable[[_problem.Problem, State, Step], tuple[PyTree, State]]
+  needs_replay: bool = False
+
+
+def _no_state(problem: _problem.Problem) -> State:
+  del problem
+  return {}
+
+
+def _share(weight: str | float, task: int) -> float:
+  """The weight of the new network: a number, or one over the tasks so far."""
+  return 1 / (task + 1) if weight == "1/t" else float(weight)
+
+
+def _check_weight(weight: str | float) -> None:
+  if weight != "1/t" and not (
+    isinstance(weight, (int, float)) and 0 <= weight <= 1
+  ):
+    raise ValueError(f"weight must be '1/t' or lie in [0, 1], got {weight!r}.")
+
+
+def running(
+  weight: str | float = "1/t", *, align: str | None = None, **options: Any
+) -> Merge:
+  """Running average: `current <- (1 - w) current + w expert`.
+
+  Args:
+    weight: w, "1/t" for that of the mean, or a number.
+    align: None; "ot" for optimal transport of the expert to the current
+      network (OT fusion), or "weights" for weight matching, before.
+    **options: options of `jaxmerge.alignment.ot_align` or `weight_matching`.
+
+  Returns:
+    The merge.
+
+  Raises:
+    ValueError: an option is unknown.
+
+  References:
+    Singh and Jaggi, `Model fusion via optimal transport
+    <https://arxiv.org/abs/1910.05653>`_, 2020
+
+  >>> running().name
+  'running(1/t)'
+  """
+  _check_weight(weight)
+  if align not in (None, "ot", "weights"):
+    raise ValueError(f"Unknown align {align!r}. Choose None, ot or weights.")
+
+  def update(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    if step.task == 0:
+      return step.expert, state
+    expert = step.expert
+    if align == "ot":
+      expert = _regularizers.per_seed(
+        problem,
+        lambda current, expert: alignment.ot_align(
+          current, expert, problem.spec, **options
+        )[0],
+        step.current,
+        expert,
+      )
+    elif align == "weights":
+      spec = problem.spec or alignment.derive_spec(
+        jax.tree.map(lambda leaf: leaf[0], expert)
+      )
+      expert = _regularizers.per_seed(
+        problem,
+        lambda current, expert: alignment.weight_matching(
+          current, expert, spec, key=jax.random.key(0), **options
+        )[0],
+        step.current,
+        expert,
+      )
+    share = _share(weight, step.task)
+    return tree_lib.lerp(step.current, expert, share), state
+
+  parts = [str(weight), *([align] if align else [])]
+  parts += [f"{name}={value}" for name, value in sorted(options.items())]
+  return Merge(f"running({', '.join(parts)})", _no_state, update)
+
+
+def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
+  """A rule of `jaxmerge.merging` on the networks of all tasks so far.
+
+  A rule that streams holds its running state alone: MagMax one vector, whatever
+  the number of tasks. The others hold all networks.
+
+  Args:
+    name: a name of `jaxmerge.merging.names`.
+    samples: number of examples a task for the statistics that the rule needs
+      (squared gradients, Gram matrices); None for all.
+    **options: the rule's options.
+
+  Returns:
+    The merge.
+
+  Raises:
+    ValueError: the rule or an option is unknown.
+
+  >>> by_rule("magmax", scale=1.0).name
+  'magmax(scale=1.0)'
+  """
+  rule = merging.get(name, **options)
+  if rule.info.max_models is not None:
+    raise ValueError(
+      f"{name} merges at most {rule.info.max_models} models, a stream has any "
+      "number. Choose another rule."
+    )
+
+  def triple(problem: _problem.Problem, i: int) -> merging.MergeMethod:
+    key = problem.keys_for("merge", name)[i] if rule.info.needs_key else None
+    return rule.method(key)
+
+  def statistics(problem: _problem.Problem, expert: PyTree, task: int) -> Any:
+    if rule.info.statistics is None:
+      return None
+    rows = problem.stream.tasks[task].train[:samples]
+    images = problem.stream.train["image"][rows]
+    batches = [images[i : i + 1000] for i in range(0, len(rows), 1000)]
+    collect = getattr(merging, rule.info.statistics)
+    return collect(problem.logits_fn, expert, batches)
+
+  def init(problem: _problem.Problem) -> State:
+    def one(params: PyTree) -> PyTree:
+      if rule.info.streams:
+        return triple(problem, 0).init(params)
+      return jax.tree.map(
+        lambda leaf: jnp.zeros((problem.num_tasks, *leaf.shape), leaf.dtype),
+        params,
+      )
+
+    states = _regularizers.per_seed(problem, one, problem.params)
+    return {"rule" if rule.info.streams else "experts": states}
+
+  def update(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    merged, states = [], []
+    for i in range(problem.num_seeds):
+      base, expert, mine = (
+        jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+        for tree in (problem.params, step.expert, state)
+      )
+      found = statistics(problem, expert, step.task)
+      if rule.info.streams:
+        method = triple(problem, i)
+        mine = {"rule": method.update(mine["rule"], expert, statistics=found)}
+        merged.append(method.finalize(mine["rule"]))
+      else:
+        held = jax.tree.map(
+          lambda all_of, one: all_of.at[step.task].set(one),
+          mine["experts"],
+          expert,
+        )
+        mine = {"experts": held}
+        models = [
+          jax.tree.map(lambda leaf, t=t: leaf[t], held)
+          for t in range(step.task + 1)
+        ]
+        merged.append(_merge_list(rule, problem, i, base, models))
+      states.append(mine)
+    stack = functools.partial(
+      jax.tree.map, lambda *leaves: jnp.stack(leaves)
+    )
+    return stack(*merged), stack(*states)
+
+  parts = [f"{key}={value}" for key, value in sorted(options.items())]
+  return Merge(
+    f"{name}({', '.join(parts)})" if parts else name, init, update
+  )
+
+
+def _merge_list(
+  rule: merging.RegisteredMethod,
+  problem: _problem.Problem,
+  i: int,
+  base: PyTree,
+  models: list[PyTree],
+) -> PyTree:
+  if len(models) < rule.info.min_models:
+    return models[-1]
+  key = problem.keys_for("merge", rule.info.name)[i]
+  return rule(base, models, key=key)
+
+
+def _check_t(t: str | float) -> None:
+  if t not in ("1/t", "best") and not (
+    isinstance(t, (int, float)) and 0 <= t <= 1
+  ):
+    raise ValueError(f"t must be '1/t', 'best' or lie in [0, 1], got {t!r}.")
+
+
+@functools.lru_cache(maxsize=16)
+def buffer_loss(
+  logits_fn: _problem.LogitsFn,
+) -> Callable[[PyTree, PyTree, jax.Array], Any]:
+  """Cross-entropy over all classes, as `jaxmerge.curves` takes a loss."""
+  import optax
+
+  def loss(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
+    del key
+    logits = logits_fn(params, batch["image"])
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch["label"]
+    )
+
+  return loss
+
+
+def curve(
+  training: _training.Training = _training.Training(
+    0.07, 7e-5, weight_decay=5e-4
+  ),
+  *,
+  t: str | float = 0.5,
+  hold_out: float = 0.2,
+  align: str | None = None,
+  **options: Any,
+) -> Merge:
+  """Mode Path Fusion of the current network and the expert, on the buffer.
+
+  Args:
+    training: of the curve.
+    t: where on the curve the merged network is taken: a number, "1/t" for the
+      expert's share among the tasks so far, or "best" for that of the smallest
+      loss on stored examples that the curve is not fitted on.
+    hold_out: their share of the buffer, for "best".
+    align: "ot" to align the expert to the current network before.
+    **options: options of `jaxmerge.curves.fit_curve`: init, num_points,
+      t_sampling, concentration, ...
+
+  Returns:
+    The merge.
+
+  Raises:
+    ValueError: an option is out of its range.
+
+  References:
+    Model Merging for Continual Learning (Mode Path Fusion), ETH Zurich.
+
+  >>> curve().needs_replay
+  True
+  """
+  _check_t(t)
+  _training.check(training, "curve")
+  if align not in (None, "ot"):
+    raise ValueError(f"Unknown align {align!r}. Choose None or ot.")
+  if not 0 < hold_out < 1:
+    raise ValueError(f"hold_out must lie in (0, 1), got {hold_out}.")
+
+  def update(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    if step.task == 0:
+      return step.expert, state
+    expert = step.expert
+    if align:
+      expert = _regularizers.per_seed(
+        problem,
+        lambda current, expert: alignment.ot_align(
+          current, expert, problem.spec
+        )[0],
+        step.current,
+        expert,
+      )
+    rows = step.buffer
+    held = rows[:, :0]
+    if t == "best":
+      # Every so-manieth, so that each task has its part in both.
+      every = max(2, round(1 / hold_out))
+      chosen = np.arange(rows.shape[1]) % every == 0
+      held, rows = rows[:, chosen], rows[:, ~chosen]
+    place = 1 / (step.task + 1) if t == "1/t" else 0.5 if t == "best" else t
+    batch_size = min(training.batch_size, rows.shape[1])
+    epochs = training.epochs
+    if training.iterations is not None:
+      rows = _training.tile_rows(rows, training.iterations * batch_size, 0)
+      epochs = 1
+    steps = -(-rows.shape[1] // batch_size)
+    merged, info = curves.mode_path_fusion(
+      buffer_loss(problem.logits_fn),
+      step.current,
+      expert,
+      problem.train,
+      key=problem.keys_for("curve", step.task),
+      t=float(place),
+      seed_axis=True,
+      optimizer=_training.optimizer(training, epochs, steps),
+      epochs=epochs,
+      batch_size=batch_size,
+      indices=rows,
+      transform=problem.transform if training.augment else None,
+      grid=2,
+      grid_examples=1,
+      **options,
+    )
+    if t == "best":
+      merged = _best_on(problem, info.curve, held)
+    return merged, state
+
+  parts = [f"t={t}", *([align] if align else [])]
+  parts += [f"{name}={value}" for name, value in sorted(options.items())]
+  return Merge(f"curve({', '.join(parts)})", _no_state, update, True)
+
+
+def _best_on(
+  problem: _problem.Problem, path: Any, held: np.ndarray
+) -> PyTree:
+  """Each seed's network of the smallest loss on its own held-out rows."""
+  grid = np.linspace(0, 1, 21)
+  chosen = []
+  for i in range(problem.num_seeds):
+    one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], path)
+    _, losses = curves.profile(
+      _loss_metric(problem.logits_fn),
+      one,
+      problem.train,
+      len(grid),
+      seed_axis=True,
+      indices=held[i],
+    )
+    best = grid[int(np.argmin(losses[0]))]
+    chosen.append(jax.tree.map(lambda leaf: leaf[0], one(float(best))))
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chosen)
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_metric(
+  logits_fn: _problem.LogitsFn,
+) -> Callable[[PyTree, PyTree], jax.Array]:
+  loss = buffer_loss(logits_fn)
+
+  def metric(params: PyTree, batch: PyTree) -> jax.Array:
+    return loss(params, batch, jax.random.key(0))
+
+  return metric
+
+
+def simplex(
+  training: _training.Training = _training.Training(
+    0.07, 7e-5, weight_decay=5e-4
+  ),
+  *,
+  concentration: float = 1.0,
+) -> Merge:
+  """The barycentre of a Bezier simplex between all networks, on the buffer.
+
+  Args:
+    training: of the simplex.
+    concentration: of the Dirichlet distribution.
+
+  Returns:
+    The merge; it holds all networks.
+
+  Raises:
+    ValueError: an option is out of its range.
+
+  References:
+    Benton et al., `Loss surface simplexes
+    <https://arxiv.org/abs/2102.13042>`_, 2021
+
+  >>> simplex().name
+  'simplex(concentration=1.0)'
+  """
+  _training.check(training, "simplex")
+  if concentration <= 0:
+    raise ValueError(f"concentration must be positive, got {concentration}.")
+
+  def init(problem: _problem.Problem) -> State:
+    return {
+      "experts": jax.tree.map(
+        lambda leaf: jnp.zeros((problem.num_tasks, *leaf.shape), leaf.dtype),
+        problem.params,
+      )
+    }
+
+  def update(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    held = jax.tree.map(
+      lambda all_of, one: all_of.at[step.task].set(one),
+      state["experts"],
+      step.expert,
+    )
+    state = {"experts": held}
+    if step.task == 0:
+      return step.expert, state
+    models = [
+      jax.tree.map(lambda leaf, t=t: leaf[t], held)
+      for t in range(step.task + 1)
+    ]
+    batch_size = min(training.batch_size, step.buffer.shape[1])
+    steps = -(-step.buffer.shape[1] // batch_size)
+    merged, _ = curves.fit_simplex(
+      buffer_loss(problem.logits_fn),
+      models,
+      problem.train,
+      key=problem.keys_for("simplex", step.task),
+      concentration=concentration,
+      seed_axis=True,
+      optimizer=_training.optimizer(training, training.epochs, steps),
+      epochs=training.epochs,
+      batch_size=batch_size,
+      indices=step.buffer,
+      grid_examples=1,
+      transform=problem.transform if training.augment else None,
+    )
+    return merged, state
+
+  return Merge(
+    f"simplex(concentration={concentration})", init, update, True
+  )

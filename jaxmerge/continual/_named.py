@@ -1,0 +1,354 @@
+"""The strategies by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxmerge import merging
+from jaxmerge.continual import (
+  _learners,
+  _merges,
+  _regularizers,
+  _strategy,
+  _training,
+)
+
+Strategy = _strategy.Strategy
+Training = _training.Training
+Learner = _learners.Learner
+
+_TRAINING = Training()
+
+
+def naive(training: Training = _TRAINING, head: str = "all") -> Strategy:
+  """Sequential fine-tuning, nothing against forgetting."""
+  return _strategy.compose("naive", Learner(training, head=head))
+
+
+def joint(training: Training = _TRAINING) -> Strategy:
+  """One training on the data of all tasks: the ceiling."""
+  learner = Learner(training, start="initial", rows="stream")
+  return _strategy.compose("joint", learner)
+
+
+def cumulative(training: Training = _TRAINING) -> Strategy:
+  """After each task a training from scratch on all data so far."""
+  learner = Learner(training, start="initial", rows="seen")
+  return _strategy.compose("cumulative", learner)
+
+
+def independent(training: Training = _TRAINING, head: str = "all") -> Strategy:
+  """A network a task, each evaluated on its own task: needs the task's id."""
+  learner = Learner(training, start="initial", head=head)
+  return _strategy.compose("independent", learner, keep_experts=True)
+
+
+def buffer_only(training: Training = _TRAINING) -> Strategy:
+  """Training from scratch on the buffer alone: what replay must beat."""
+  learner = Learner(training, start="initial", rows="buffer")
+  return _strategy.compose("buffer_only", learner)
+
+
+def _expert(
+  training: Training,
+  sequential: bool,
+  head: str,
+  regularizer: _regularizers.Regularizer | None,
+) -> Learner:
+  start = "last" if sequential else "initial"
+  return Learner(training, start=start, head=head, regularizer=regularizer)
+
+
+def merge(
+  rule: str,
+  training: Training = _TRAINING,
+  *,
+  sequential: bool = False,
+  head: str = "all",
+  regularizer: _regularizers.Regularizer | None = None,
+  finetune: _strategy.Finetune | None = None,
+  samples: int | None = None,
+  **options: Any,
+) -> Strategy:
+  """The networks of all tasks merged by a rule of `jaxmerge.merging`.
+
+  Args:
+    rule: a name of `jaxmerge.merging.names`.
+    training: of the networks.
+    sequential: train each from the one before, not from the initial network.
+    head: classes that the loss is over, see `Learner`.
+    regularizer: of their training.
+    finetune: fine-tuning on the buffer after each merge, or None.
+    samples: see `by_rule`.
+    **options: options of the rule.
+
+  Returns:
+    The strategy.
+
+  References:
+    Marczak et al., `MagMax <https://arxiv.org/abs/2407.06322>`_, 2024
+  """
+  return _strategy.compose(
+    rule,
+    _expert(training, sequential, head, regularizer),
+    merge=_merges.by_rule(rule, samples=samples, **options),
+    finetune=finetune,
+  )
+
+
+def magmax(
+  training: Training = _TRAINING, *, scale: float = 0.5, **options: Any
+) -> Strategy:
+  """MagMax: sequential fine-tuning, one running vector.
+
+  Meant for a pre-trained initial network: from a random one the entry of the
+  largest magnitude says little.
+  """
+  return merge("magmax", training, sequential=True, scale=scale, **options)
+
+
+def avg(
+  training: Training = _TRAINING,
+  *,
+  weight: str | float = "1/t",
+  align: str | None = None,
+  sequential: bool = False,
+  head: str = "all",
+  finetune: _strategy.Finetune | None = None,
+) -> Strategy:
+  """Running average of networks trained apart; see `running`."""
+  return _strategy.compose(
+    "avg",
+    _expert(training, sequential, head, None),
+    merge=_merges.running(weight, align=align),
+    finetune=finetune,
+  )
+
+
+def ot(training: Training = _TRAINING, **options: Any) -> Strategy:
+  """Running average after alignment by optimal transport."""
+  return avg(training, align="ot", **options)._replace(name="ot")
+
+
+def mpf(
+  training: Training = _TRAINING,
+  *,
+  curve: Training = Training(0.07, 7e-5, weight_decay=5e-4),
+  t: str | float = 0.5,
+  align: str | None = None,
+  sequential: bool = False,
+  head: str = "all",
+  finetune: _strategy.Finetune | None = None,
+  **options: Any,
+) -> Strategy:
+  """Mode Path Fusion on the replay buffer, task after task; see `curve`."""
+  return _strategy.compose(
+    "mpf",
+    _expert(training, sequential, head, None),
+    merge=_merges.curve(curve, t=t, align=align, **options),
+    finetune=finetune,
+  )
+
+
+def simplex(
+  training: Training = _TRAINING,
+  *,
+  curve: Training = Training(0.07, 7e-5, weight_decay=5e-4),
+  concentration: float = 1.0,
+  head: str = "all",
+  finetune: _strategy.Finetune | None = None,
+) -> Strategy:
+  """All networks at once, by a Bezier simplex on the buffer."""
+  return _strategy.compose(
+    "simplex",
+    _expert(training, False, head, None),
+    merge=_merges.simplex(curve, concentration=concentration),
+    finetune=finetune,
+  )
+
+
+def ewc(
+  training: Training = _TRAINING,
+  *,
+  weight: float = 1e3,
+  online: bool = False,
+  decay: float = 1.0,
+  samples: int | None = None,
+  labels: str = "exact",
+  head: str = "all",
+) -> Strategy:
+  """Elastic weight consolidation; see `regularizers.ewc`."""
+  regularizer = _regularizers.ewc(
+    weight, online=online, decay=decay, samples=samples, labels=labels
+  )
+  learner = Learner(training, head=head, regularizer=regularizer)
+  return _strategy.compose("ewc", learner)
+
+
+def si(
+  training: Training = _TRAINING,
+  *,
+  weight: float = 0.1,
+  damping: float = 0.1,
+  head: str = "all",
+) -> Strategy:
+  """Synaptic intelligence; see `regularizers.si`."""
+  regularizer = _regularizers.si(weight, damping=damping)
+  learner = Learner(training, head=head, regularizer=regularizer)
+  return _strategy.compose("si", learner)
+
+
+def lwf(
+  training: Training = _TRAINING,
+  *,
+  weight: float | None = None,
+  temperature: float = 2.0,
+  head: str = "seen",
+) -> Strategy:
+  """Learning without forgetting; see `regularizers.lwf`."""
+  regularizer = _regularizers.lwf(weight, temperature=temperature)
+  learner = Learner(training, head=head, regularizer=regularizer)
+  return _strategy.compose("lwf", learner)
+
+
+def er(
+  training: Training = _TRAINING,
+  *,
+  batch_size: int = 32,
+  weight: float | None = 1.0,
+  online: bool = False,
+  augment: bool = False,
+  head: str = "seen",
+) -> Strategy:
+  """Experience replay: a batch of stored examples beside the task's own.
+
+  References:
+    Chaudhry et al., `On tiny episodic memories in continual learning
+    <https://arxiv.org/abs/1902.10486>`_, 2019
+  """
+  rehearsal = _learners.Rehearsal(
+    batch_size, weight, online=online, augment=augment
+  )
+  return _strategy.compose(
+    "er", Learner(training, head=head, rehearsal=rehearsal)
+  )
+
+
+def der(
+  training: Training = _TRAINING,
+  *,
+  batch_size: int = 32,
+  alpha: float = 0.2,
+  beta: float = 0.5,
+  head: str = "all",
+) -> Strategy:
+  """DER++: stored logits (alpha) and labels (beta) of stored examples.
+
+      loss = CE(task) + alpha * MSE(logits, stored logits) + beta * CE(stored)
+
+  the two from batches of their own; beta 0 is DER. The buffer is filled while
+  training.
+
+  References:
+    Buzzega et al., `Dark experience for general continual learning
+    <https://arxiv.org/abs/2004.07211>`_, 2020
+  """
+  rehearsal = _learners.Rehearsal(batch_size, beta, alpha, online=True)
+  name = "der++" if beta else "der"
+  return _strategy.compose(
+    name, Learner(training, head=head, rehearsal=rehearsal)
+  )
+
+
+def agem(
+  training: Training = _TRAINING,
+  *,
+  batch_size: int = 256,
+  head: str = "all",
+) -> Strategy:
+  """A-GEM: no step against the mean gradient of stored examples.
+
+      g <- g - (g . r) / (r . r) r   if g . r < 0
+
+  References:
+    Chaudhry et al., `Efficient lifelong learning with A-GEM
+    <https://arxiv.org/abs/1812.00420>`_, 2019
+  """
+  rehearsal = _learners.Rehearsal(batch_size, online=True, project=True)
+  return _strategy.compose(
+    "agem", Learner(training, head=head, rehearsal=rehearsal)
+  )
+
+
+_NAMED: dict[str, Callable[..., Strategy]] = {
+  "agem": agem,
+  "avg": avg,
+  "buffer_only": buffer_only,
+  "cumulative": cumulative,
+  "der": der,
+  "er": er,
+  "ewc": ewc,
+  "independent": independent,
+  "joint": joint,
+  "lwf": lwf,
+  "magmax": magmax,
+  "mpf": mpf,
+  "naive": naive,
+  "ot": ot,
+  "si": si,
+  "simplex": simplex,
+}
+
+
+def names() -> tuple[str, ...]:
+  """Names that `get` takes: strategies, and rules as "merge:<rule>".
+
+  >>> "mpf" in names(), "merge:ties" in names()
+  (True, True)
+  """
+  rules = [
+    f"merge:{rule}"
+    for rule in merging.names()
+    if merging.info(rule).max_models is None
+    and not merging.info(rule).needs_weights
+  ]
+  return tuple(sorted([*_NAMED, *rules]))
+
+
+def get(name: str, **options: Any) -> Strategy:
+  """A strategy by its name.
+
+  Args:
+    name: one of `names`.
+    **options: its options.
+
+  Returns:
+    The strategy.
+
+  Raises:
+    ValueError: the name or an option is unknown, or out of its range.
+
+  >>> get("mpf", t="1/t").needs_replay
+  True
+  """
+  if name not in names():
+    close = difflib.get_close_matches(name, names(), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    raise ValueError(
+      f"Unknown strategy {name!r}{hint} choose from {', '.join(names())}."
+    )
+  if name.startswith("merge:"):
+    return merge(name.removeprefix("merge:"), **options)
+  make = _NAMED[name]
+  known = inspect.signature(make).parameters
+  takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
+  unknown = sorted(set(options) - set(known))
+  if unknown and not takes_all:
+    raise ValueError(
+      f"Unknown option {unknown[0]!r} of {name}; choose from "
+      f"{', '.join(known)}."
+    )
+  return make(**options)

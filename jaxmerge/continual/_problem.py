@@ -1,0 +1,269 @@
+"""What strategies work on: a stream, a network, several seeds at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import alignment, training
+from jaxmerge.continual import replay as replay_lib
+from jaxmerge.continual import streams
+
+PyTree = Any
+LogitsFn = Callable[[PyTree, Any], jax.Array]
+
+
+class Keep(Protocol):
+  """Keeps what takes long to make: on disk, say."""
+
+  def __call__(
+    self, name: str, make: Callable[[], PyTree], like: Callable[[], PyTree]
+  ) -> PyTree:
+    """Returns what `make()` returned, now or in an earlier process.
+
+    Args:
+      name: its name, a path of words.
+      make: makes it.
+      like: makes a tree of the same structure, shapes and dtypes.
+    """
+
+
+def _make(
+  name: str, make: Callable[[], PyTree], like: Callable[[], PyTree]
+) -> PyTree:
+  del name, like
+  return make()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+  """A stream of tasks and a network to learn it, for several seeds.
+
+  Attributes:
+    stream: the tasks.
+    logits_fn: `logits_fn(params, inputs) -> [b, classes]`, normalisation
+      included.
+    params: initial parameters, leaves with a leading axis of seeds; all are
+      floating-point.
+    keys: PRNG keys, one a seed.
+    train: the stream's training pool on the devices.
+    test: its test pool.
+    replay: the replay buffer, or None for a data-free run.
+    transform: `transform(key, example) -> example`, augmentation on the
+      device, or None.
+    spec: the network's permutation specification; None for one that
+      `jaxmerge.alignment.derive_spec` finds.
+    keep: keeps what takes long to make; by default nothing but memory does.
+    memo: what has been made in this process.
+  """
+
+  stream: streams.Stream
+  logits_fn: LogitsFn
+  params: PyTree
+  keys: jax.Array
+  train: training.Replicated
+  test: training.Replicated
+  replay: replay_lib.Replay | None = None
+  transform: Callable[[jax.Array, PyTree], PyTree] | None = None
+  spec: alignment.PermutationSpec | None = None
+  keep: Keep = _make
+  memo: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+  @property
+  def num_seeds(self) -> int:
+    """Number of seeds."""
+    return len(self.keys)
+
+  @property
+  def num_tasks(self) -> int:
+    """Number of tasks."""
+    return len(self.stream.tasks)
+
+  def keys_for(self, *names: str | int) -> jax.Array:
+    """PRNG keys of a purpose, one a seed.
+
+    Args:
+      *names: what they are for: the same names, the same keys.
+
+    Returns:
+      PRNG keys `[seeds]`.
+    """
+    keys = self.keys
+    for name in names:
+      number = zlib.crc32(name.encode()) if isinstance(name, str) else name
+      keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    return keys
+
+  def rows_of(self, tasks: Sequence[int]) -> np.ndarray:
+    """The training rows of some tasks, int32 `[seeds, n]`."""
+    rows = np.concatenate([self.stream.tasks[task].train for task in tasks])
+    return np.broadcast_to(rows, (self.num_seeds, len(rows)))
+
+  def examples(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Training examples by row, leaves of the rows' shape and more."""
+    return {
+      name: np.asarray(values)[rows]
+      for name, values in self.stream.train.items()
+    }
+
+  def once(
+    self, name: str, make: Callable[[], PyTree], like: Callable[[], PyTree]
+  ) -> PyTree:
+    """What `make` makes, made once in this process, and kept by `keep`."""
+    if name not in self.memo:
+      self.memo[name] = self.keep(name, make, like)
+    return self.memo[name]
+
+
+def make_problem(
+  stream: streams.Stream,
+  logits_fn: LogitsFn,
+  params: PyTree,
+  *,
+  keys: jax.Array,
+  replay: replay_lib.Replay | None = None,
+  transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
+  spec: alignment.PermutationSpec | None = None,
+  devices: Sequence[jax.Device] | int | None = None,
+) -> Problem:
+  """Puts a stream on the devices.
+
+  Args:
+    stream: the tasks.
+    logits_fn: see `Problem`.
+    params: initial parameters, leaves `[seeds, ...]`, all floating-point.
+    keys: PRNG keys, `[seeds]`.
+    replay: see `Problem`.
+    transform: see `Problem`.
+    spec: see `Problem`.
+    devices: as in `training.resolve_devices`.
+
+  Returns:
+    The problem.
+
+  Raises:
+    ValueError: the leaves have not one leading axis of seeds.
+  """
+  params = jax.tree.map(jnp.asarray, params)
+  for leaf in jax.tree.leaves(params):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ValueError(
+        "All leaves of params must be floating-point, got one of "
+        f"{leaf.dtype}. Give the network's parameters alone."
+      )
+    if leaf.ndim < 1 or len(leaf) != len(keys):
+      raise ValueError(
+        f"Every leaf of params needs a leading axis of {len(keys)} seeds, as "
+        f"keys has, got shape {leaf.shape}. Initialise with jax.vmap over the "
+        "seeds."
+      )
+  return Problem(
+    stream=stream,
+    logits_fn=logits_fn,
+    params=params,
+    keys=keys,
+    train=training.replicate(dict(stream.train), devices),
+    test=training.replicate(dict(stream.test), devices),
+    replay=replay,
+    transform=transform,
+    spec=spec,
+  )
+
+
+def head_masks(problem: Problem, head: str, task: int) -> np.ndarray:
+  """Which logits count for the examples of each task.
+
+  Args:
+    problem: the problem.
+    head: "all" for all classes, "seen" for those of the tasks so far, "task"
+      for each example those of its own task.
+    task: the current task.
+
+  Returns:
+    bool `[tasks, classes]`, by the task of the example.
+  """
+  tasks = problem.stream.tasks
+  masks = np.zeros((len(tasks), problem.stream.num_classes), bool)
+  if head == "all":
+    masks[:] = True
+  elif head == "seen":
+    for one in tasks[: task + 1]:
+      masks[:, list(one.classes)] = True
+  elif head == "task":
+    for number, one in enumerate(tasks):
+      masks[number, list(one.classes)] = True
+  else:
+    raise ValueError(f"Unknown head {head!r}. Choose all, seen or task.")
+  return masks
+
+
+def seed_axis(problem: Problem, value: Any) -> jax.Array:
+  """The same value for every seed."""
+  value = jnp.asarray(value)
+  return jnp.broadcast_to(value, (problem.num_seeds, *value.shape))
+
+
+@functools.lru_cache(maxsize=16)
+def _accuracy_fn(
+  logits_fn: LogitsFn, num_tasks: int
+) -> Callable[[PyTree, PyTree], jax.Array]:
+  def metric(given: PyTree, batch: PyTree) -> jax.Array:
+    logits = logits_fn(given["params"], batch["image"])
+    logits = jnp.where(given["masks"][batch["task"]], logits, -jnp.inf)
+    hits = logits.argmax(axis=-1).astype(jnp.int32) == batch["label"]
+    # Examples that belong to all tasks have the task -1.
+    own = batch["task"][:, None] == jnp.arange(num_tasks)[None]
+    counts = own | (batch["task"] < 0)[:, None]
+    return (hits[:, None] & counts).astype(jnp.float32)
+
+  return metric
+
+
+def accuracies(
+  problem: Problem, params: PyTree, *, split: str = "test"
+) -> np.ndarray:
+  """Accuracy on every task, in one compiled pass.
+
+  In a task-incremental stream an example is classified among the classes of its
+  own task, in the others among all.
+
+  Args:
+    problem: the problem.
+    params: parameters `[seeds, ...]`.
+    split: "test" or "validation".
+
+  Returns:
+    float64 `[seeds, tasks]`, in [0, 1].
+
+  Raises:
+    ValueError: an unknown split, or there are no validation examples.
+  """
+  tasks = problem.stream.tasks
+  if split not in ("test", "validation"):
+    raise ValueError(f"Unknown split {split!r}. Choose test or validation.")
+  data = problem.test if split == "test" else problem.train
+  rows = [getattr(task, split) for task in tasks]
+  if not all(len(one) for one in rows):
+    raise ValueError(
+      "There are no validation examples: make the stream with validation=0.1, "
+      "say."
+    )
+  own = problem.stream.scenario == "task-incremental"
+  masks = head_masks(problem, "task" if own else "all", 0)
+  union = np.unique(np.concatenate(rows))
+  means = training.evaluate(
+    _accuracy_fn(problem.logits_fn, len(tasks)),
+    {"params": params, "masks": seed_axis(problem, masks)},
+    data,
+    indices=union,
+    seed_axis=True,
+  )
+  sizes = np.array([len(one) for one in rows], np.float64)
+  return np.asarray(means, np.float64) * len(union) / sizes

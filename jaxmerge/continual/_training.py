@@ -1,0 +1,142 @@
+"""How a network is trained on a task: optimizer, length, batch size."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import optax
+
+from jaxmerge import training
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+class Training(NamedTuple):
+  """Settings of one training run.
+
+  Attributes:
+    learning_rate: learning rate at the start.
+    final_learning_rate: the rate is constant for the first half of the run and
+      falls linearly to this at nine tenths of it; None for a constant rate.
+    optimizer: "sgd", "adam" or "adamw".
+    momentum: of SGD.
+    weight_decay: of SGD (in the gradient) and of AdamW (decoupled).
+    clip: largest norm of a step's gradient; None for no limit.
+    epochs: passes over the examples.
+    iterations: number of steps instead of epochs; None for epochs.
+    batch_size: examples a step, at most as many as there are.
+    augment: whether the problem's augmentation is applied.
+  """
+
+  learning_rate: float = 0.01
+  final_learning_rate: float | None = None
+  optimizer: str = "sgd"
+  momentum: float = 0.9
+  weight_decay: float = 0.0
+  clip: float | None = None
+  epochs: int = 10
+  iterations: int | None = None
+  batch_size: int = 32
+  augment: bool = True
+
+
+def check(settings: Training, name: str) -> None:
+  """Raises ValueError where a setting is out of its range.
+
+  Args:
+    settings: the settings.
+    name: what the message calls them.
+
+  >>> check(Training(), "training")
+  """
+  if settings.optimizer not in OPTIMIZERS:
+    raise ValueError(
+      f"{name}: unknown optimizer {settings.optimizer!r}. Choose one of "
+      f"{', '.join(OPTIMIZERS)}."
+    )
+  final = settings.final_learning_rate
+  if settings.learning_rate <= 0 or (final is not None and final <= 0):
+    raise ValueError(f"{name}: learning rates must be positive.")
+  for field in ("epochs", "batch_size", "iterations"):
+    value = getattr(settings, field)
+    if value is not None and value < 1:
+      raise ValueError(f"{name}: {field} must be at least 1, got {value}.")
+  if settings.clip is not None and settings.clip <= 0:
+    raise ValueError(f"{name}: clip must be positive, got {settings.clip}.")
+
+
+# Cached: runs with equal settings share one compiled epoch.
+@functools.lru_cache(maxsize=128)
+def optimizer(
+  settings: Training, epochs: int, steps_per_epoch: int
+) -> training.Optimizer:
+  """The optimizer of a run of so many steps.
+
+  Args:
+    settings: the settings.
+    epochs: number of epochs.
+    steps_per_epoch: number of steps in an epoch.
+
+  Returns:
+    The optimizer; equal arguments give the same object.
+
+  >>> float(optimizer(Training(0.1), 1, 10).learning_rate(9))
+  0.10000000149011612
+  """
+  rate = settings.learning_rate
+  final = rate if settings.final_learning_rate is None else (
+    settings.final_learning_rate
+  )
+  if settings.iterations is not None:
+    # One long epoch: the schedule counts tenths of it.
+    epochs, steps_per_epoch = 10, max(1, epochs * steps_per_epoch // 10)
+  if settings.optimizer == "sgd":
+    chosen = training.sgd(
+      rate,
+      final,
+      epochs,
+      steps_per_epoch,
+      momentum=settings.momentum,
+      weight_decay=settings.weight_decay,
+    )
+  else:
+    schedule = training.constant_linear_flat(
+      rate, final, epochs, steps_per_epoch
+    )
+    if settings.optimizer == "adam":
+      step = optax.adam(schedule)
+    else:
+      step = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    chosen = training.Optimizer(step, schedule)
+  if settings.clip is None:
+    return chosen
+  clipped = optax.chain(
+    optax.clip_by_global_norm(settings.clip), chosen.transformation
+  )
+  return chosen._replace(transformation=clipped)
+
+
+def tile_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+  """Repeats rows in random orders until there are so many.
+
+  Args:
+    rows: int32 `[seeds, n]`.
+    count: how many are wanted.
+    seed: of the orders.
+
+  Returns:
+    int32 `[seeds, count]`: whole passes, and a random part of a last one.
+
+  >>> sorted(tile_rows(np.array([[1, 2]]), 4, 0)[0].tolist())
+  [1, 1, 2, 2]
+  """
+  draws = np.random.Generator(np.random.PCG64(seed))
+  passes = -(-count // rows.shape[1])
+  return np.stack(
+    [
+      np.concatenate([draws.permutation(row) for _ in range(passes)])[:count]
+      for row in rows
+    ]
+  ).astype(np.int32)
