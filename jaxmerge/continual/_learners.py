@@ -224,8 +224,6 @@ def _rehearse(
       "items": problem.examples(rows),
       "count": fill(np.float32(count)),
     }
-    # Nothing is stored before the second task.
-    weight = weight if count else 0.0
   if rehearsal.project:
     names.append("project")
     data["replay"] = {"masks": fill(masks), "weight": fill(np.float32(1))}

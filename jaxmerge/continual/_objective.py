@@ -127,7 +127,10 @@ def _stored(
   """A batch of stored examples, augmented, and the weight of each."""
   if terms.online is None:
     batch = _pick(frozen["buffer"], context.drawn[which])
-    real = jnp.ones(terms.replay_batch)
+    # Nothing is stored before the second task.
+    real = jnp.broadcast_to(
+      (frozen["buffer"]["count"] > 0).astype(jnp.float32), (terms.replay_batch,)
+    )
   else:
     key = jax.random.fold_in(context.key, 10 + which)
     batch, _, _, mask = replay_lib.sample(
@@ -169,6 +172,13 @@ def _replayed(
   return total
 
 
+def _taught(logits_fn: LogitsFn, teacher: PyTree, images: Any) -> jax.Array:
+  """The logits of a teacher; of several in a tuple their mean."""
+  teachers = teacher if isinstance(teacher, tuple) else (teacher,)
+  total = sum(logits_fn(one, images) for one in teachers)
+  return jax.lax.stop_gradient(jnp.asarray(total) / len(teachers))
+
+
 def _own(
   logits_fn: LogitsFn,
   terms: Terms,
@@ -184,7 +194,7 @@ def _own(
   )
   if "distill" in terms.names:
     data = frozen["distill"]
-    targets = jax.lax.stop_gradient(logits_fn(data["teacher"], batch["image"]))
+    targets = _taught(logits_fn, data["teacher"], batch["image"])
     masks = data["masks"][batch["task"]]
     losses += data["weight"] * distillation(
       logits, targets, masks, data["temperature"]

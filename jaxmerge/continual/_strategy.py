@@ -159,17 +159,6 @@ def _store(
   )
 
 
-@functools.lru_cache(maxsize=16)
-def _mean_logits(logits_fn: _problem.LogitsFn) -> _problem.LogitsFn:
-  """Mean logits of a pair of networks."""
-
-  def logits(pair: PyTree, images: Any) -> jax.Array:
-    first, second = (logits_fn(params, images) for params in pair)
-    return (first + second) / 2
-
-  return logits
-
-
 def _finetuned(
   problem: _problem.Problem,
   finetune: Finetune,
@@ -187,8 +176,8 @@ def _finetuned(
   names = ["labels"]
   if finetune.distill:
     teacher = {
-      "expert": (expert, expert),
-      "merged": (merged, merged),
+      "expert": expert,
+      "merged": merged,
       "both": (merged, expert),
     }[finetune.teacher]
     frozen["distill"] = {
