@@ -43,6 +43,7 @@ _NAMES = {
 _PACKAGES = (
   "alignment",
   "checkpoints",
+  "continual",
   "curves",
   "data",
   "merging",
@@ -54,6 +55,7 @@ _PACKAGES = (
 if TYPE_CHECKING:
   from jaxmerge import alignment as alignment
   from jaxmerge import checkpoints as checkpoints
+  from jaxmerge import continual as continual
   from jaxmerge import curves as curves
   from jaxmerge import data as data
   from jaxmerge import merging as merging

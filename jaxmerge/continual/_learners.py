@@ -14,8 +14,8 @@ from jaxmerge import training
 from jaxmerge.continual import (
   _objective,
   _problem,
-  _regularizers,
   _training,
+  regularizers,
 )
 from jaxmerge.continual import replay as replay_lib
 
@@ -72,7 +72,7 @@ class Learner(NamedTuple):
   rows: str = "task"
   head: str = "all"
   rehearsal: Rehearsal | None = None
-  regularizer: _regularizers.Regularizer | None = None
+  regularizer: regularizers.Regularizer | None = None
 
 
 class LearnerState(NamedTuple):
@@ -124,10 +124,9 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
 def describe(learner: Learner) -> str:
   """A name that is the same for equal learners, in any process."""
   regularizer = learner.regularizer
-  plain = learner._replace(
-    regularizer=None if regularizer is None else regularizer.name
-  )
-  return repr(plain)
+  # Functions have no names that last; its own name tells regularisers apart.
+  plain = learner._replace(regularizer=None)
+  return f"{plain!r} {regularizer.name if regularizer else None}"
 
 
 def needs_replay(learner: Learner) -> bool:
@@ -318,7 +317,8 @@ def learn(
     "stream": lambda: problem.rows_of(range(problem.num_tasks)),
     "buffer": lambda: buffer,
   }[learner.rows]()
-  names, run_state = ["labels"], {}
+  names = ["labels"]
+  run_state: Data = {}
   frozen: Data = {"labels": _labels(problem, learner, task)}
   rehearsal, regularizer = learner.rehearsal, learner.regularizer
   if rehearsal is not None:

@@ -105,7 +105,9 @@ def quadratic_penalty(
   1.0
   """
   parts = jax.tree.map(
-    lambda p, c, f: (f * (p - c) ** 2).sum() if jnp.ndim(p) else f * (p - c) ** 2,
+    lambda p, c, f: (
+      (f * (p - c) ** 2).sum() if jnp.ndim(p) else f * (p - c) ** 2
+    ),
     params,
     center,
     precision,
@@ -158,9 +160,7 @@ def _replayed(
     data = context.frozen["replay"]
     batch, real = _stored(terms, context.frozen, context, 0)
     logits = logits_fn(params, batch["image"])
-    losses = cross_entropy(
-      logits, batch["label"], data["masks"][batch["task"]]
-    )
+    losses = cross_entropy(logits, batch["label"], data["masks"][batch["task"]])
     losses = jnp.where(real > 0, losses, 0.0)
     total += data["weight"] * losses.mean()
   if "soft_replay" in terms.names:

@@ -14,10 +14,10 @@ import numpy as np
 from jaxmerge import merging
 from jaxmerge.continual import (
   _learners,
-  _merges,
   _objective,
   _problem,
   _training,
+  merges,
 )
 from jaxmerge.continual import replay as replay_lib
 
@@ -34,15 +34,15 @@ class Finetune(NamedTuple):
     temperature: of the distillation.
     teacher: "expert" for the network of the task, "merged" for the network
       before fine-tuning, or "both" for the mean of their logits.
-    average: share of the fine-tuned network in what comes out, the rest being
-      the network before it; 1 for the fine-tuned network itself.
+    soup: number of fine-tunings, each with random numbers of its own, of whose
+      networks the mean is taken (Wortsman et al., 2022).
   """
 
   training: _training.Training = _training.Training(0.01)
   distill: float = 0.0
   temperature: float = 2.0
   teacher: str = "merged"
-  average: float = 1.0
+  soup: int = 1
 
 
 class StrategyState(NamedTuple):
@@ -123,9 +123,7 @@ def _add(
   ) -> replay_lib.ReplayState:
     return replay.add(state, rows, labels, task, key, features=features)
 
-  return jax.jit(
-    jax.vmap(add, in_axes=(0, None, None, None, 0, 0))
-  )
+  return jax.jit(jax.vmap(add, in_axes=(0, None, None, None, 0, 0)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -187,20 +185,19 @@ def _finetuned(
       "temperature": fill(np.float32(finetune.temperature)),
     }
     names.append("distill")
-  tuned = _learners.run(
-    problem,
-    finetune.training,
-    _objective.Terms(tuple(names)),
-    merged,
-    rows,
-    frozen,
-    problem.keys_for("finetune", task),
-  ).params
-  if finetune.average == 1:
-    return tuned
-  return merging.weighted_average(
-    [merged, tuned], [1 - finetune.average, finetune.average]
-  )
+  tuned = [
+    _learners.run(
+      problem,
+      finetune.training,
+      _objective.Terms(tuple(names)),
+      merged,
+      rows,
+      frozen,
+      problem.keys_for("finetune", task, number),
+    ).params
+    for number in range(finetune.soup)
+  ]
+  return tuned[0] if len(tuned) == 1 else merging.average(tuned)
 
 
 def _check_finetune(finetune: Finetune) -> None:
@@ -214,8 +211,8 @@ def _check_finetune(finetune: Finetune) -> None:
       "distill must not be negative and temperature must be positive, got "
       f"{finetune.distill} and {finetune.temperature}."
     )
-  if not 0 < finetune.average <= 1:
-    raise ValueError(f"average must lie in (0, 1], got {finetune.average}.")
+  if finetune.soup < 1:
+    raise ValueError(f"soup must be at least 1, got {finetune.soup}.")
 
 
 def nbytes(tree: PyTree) -> int:
@@ -227,7 +224,7 @@ def compose(
   name: str,
   learner: _learners.Learner,
   *,
-  merge: _merges.Merge | None = None,
+  merge: merges.Merge | None = None,
   finetune: Finetune | None = None,
   keep_experts: bool = False,
 ) -> Strategy:
@@ -348,7 +345,7 @@ def compose(
         merged, merge_state = merge.update(
           problem,
           state.merge,
-          _merges.Step(state.current, expert, task, rows),
+          merges.Step(state.current, expert, task, rows),
         )
       # One task's network needs no merge, and no fine-tuning.
       if finetune is not None and task:
@@ -356,7 +353,7 @@ def compose(
     elif merge is not None:
       none = np.zeros((problem.num_seeds, 0), np.int32)
       merged, merge_state = merge.update(
-        problem, state.merge, _merges.Step(state.current, expert, task, none)
+        problem, state.merge, merges.Step(state.current, expert, task, none)
       )
     experts = state.experts
     if experts is not None:

@@ -42,6 +42,10 @@ class Training(NamedTuple):
   augment: bool = True
 
 
+#: Settings of a curve: the paper's.
+CURVE = Training(0.07, 7e-5, weight_decay=5e-4)
+
+
 def check(settings: Training, name: str) -> None:
   """Raises ValueError where a setting is out of its range.
 
@@ -86,8 +90,10 @@ def optimizer(
   0.10000000149011612
   """
   rate = settings.learning_rate
-  final = rate if settings.final_learning_rate is None else (
-    settings.final_learning_rate
+  final = (
+    rate
+    if settings.final_learning_rate is None
+    else (settings.final_learning_rate)
   )
   if settings.iterations is not None:
     # One long epoch: the schedule counts tenths of it.

@@ -10,10 +10,10 @@ from typing import Any
 from jaxmerge import merging
 from jaxmerge.continual import (
   _learners,
-  _merges,
-  _regularizers,
   _strategy,
   _training,
+  merges,
+  regularizers,
 )
 
 Strategy = _strategy.Strategy
@@ -56,7 +56,7 @@ def _expert(
   training: Training,
   sequential: bool,
   head: str,
-  regularizer: _regularizers.Regularizer | None,
+  regularizer: regularizers.Regularizer | None,
 ) -> Learner:
   start = "last" if sequential else "initial"
   return Learner(training, start=start, head=head, regularizer=regularizer)
@@ -68,7 +68,7 @@ def merge(
   *,
   sequential: bool = False,
   head: str = "all",
-  regularizer: _regularizers.Regularizer | None = None,
+  regularizer: regularizers.Regularizer | None = None,
   finetune: _strategy.Finetune | None = None,
   samples: int | None = None,
   **options: Any,
@@ -94,7 +94,7 @@ def merge(
   return _strategy.compose(
     rule,
     _expert(training, sequential, head, regularizer),
-    merge=_merges.by_rule(rule, samples=samples, **options),
+    merge=merges.by_rule(rule, samples=samples, **options),
     finetune=finetune,
   )
 
@@ -123,7 +123,7 @@ def avg(
   return _strategy.compose(
     "avg",
     _expert(training, sequential, head, None),
-    merge=_merges.running(weight, align=align),
+    merge=merges.running(weight, align=align),
     finetune=finetune,
   )
 
@@ -136,7 +136,7 @@ def ot(training: Training = _TRAINING, **options: Any) -> Strategy:
 def mpf(
   training: Training = _TRAINING,
   *,
-  curve: Training = Training(0.07, 7e-5, weight_decay=5e-4),
+  curve: Training = _training.CURVE,
   t: str | float = 0.5,
   align: str | None = None,
   sequential: bool = False,
@@ -148,7 +148,7 @@ def mpf(
   return _strategy.compose(
     "mpf",
     _expert(training, sequential, head, None),
-    merge=_merges.curve(curve, t=t, align=align, **options),
+    merge=merges.curve(curve, t=t, align=align, **options),
     finetune=finetune,
   )
 
@@ -156,7 +156,7 @@ def mpf(
 def simplex(
   training: Training = _TRAINING,
   *,
-  curve: Training = Training(0.07, 7e-5, weight_decay=5e-4),
+  curve: Training = _training.CURVE,
   concentration: float = 1.0,
   head: str = "all",
   finetune: _strategy.Finetune | None = None,
@@ -165,7 +165,7 @@ def simplex(
   return _strategy.compose(
     "simplex",
     _expert(training, False, head, None),
-    merge=_merges.simplex(curve, concentration=concentration),
+    merge=merges.simplex(curve, concentration=concentration),
     finetune=finetune,
   )
 
@@ -181,7 +181,7 @@ def ewc(
   head: str = "all",
 ) -> Strategy:
   """Elastic weight consolidation; see `regularizers.ewc`."""
-  regularizer = _regularizers.ewc(
+  regularizer = regularizers.ewc(
     weight, online=online, decay=decay, samples=samples, labels=labels
   )
   learner = Learner(training, head=head, regularizer=regularizer)
@@ -196,7 +196,7 @@ def si(
   head: str = "all",
 ) -> Strategy:
   """Synaptic intelligence; see `regularizers.si`."""
-  regularizer = _regularizers.si(weight, damping=damping)
+  regularizer = regularizers.si(weight, damping=damping)
   learner = Learner(training, head=head, regularizer=regularizer)
   return _strategy.compose("si", learner)
 
@@ -209,7 +209,7 @@ def lwf(
   head: str = "seen",
 ) -> Strategy:
   """Learning without forgetting; see `regularizers.lwf`."""
-  regularizer = _regularizers.lwf(weight, temperature=temperature)
+  regularizer = regularizers.lwf(weight, temperature=temperature)
   learner = Learner(training, head=head, regularizer=regularizer)
   return _strategy.compose("lwf", learner)
 

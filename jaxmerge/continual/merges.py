@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmerge import alignment, curves, merging
 from jaxmerge import tree as tree_lib
-from jaxmerge.continual import _problem, _regularizers, _training
+from jaxmerge.continual import _problem, _training, regularizers
 
 PyTree = Any
 State = Any
@@ -103,7 +103,7 @@ def running(
       return step.expert, state
     expert = step.expert
     if align == "ot":
-      expert = _regularizers.per_seed(
+      expert = regularizers.per_seed(
         problem,
         lambda current, expert: alignment.ot_align(
           current, expert, problem.spec, **options
@@ -115,7 +115,7 @@ def running(
       spec = problem.spec or alignment.derive_spec(
         jax.tree.map(lambda leaf: leaf[0], expert)
       )
-      expert = _regularizers.per_seed(
+      expert = regularizers.per_seed(
         problem,
         lambda current, expert: alignment.weight_matching(
           current, expert, spec, key=jax.random.key(0), **options
@@ -181,7 +181,7 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
         params,
       )
 
-    states = _regularizers.per_seed(problem, one, problem.params)
+    states = regularizers.per_seed(problem, one, problem.params)
     return {"rule" if rule.info.streams else "experts": states}
 
   def update(
@@ -211,15 +211,89 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
         ]
         merged.append(_merge_list(rule, problem, i, base, models))
       states.append(mine)
-    stack = functools.partial(
-      jax.tree.map, lambda *leaves: jnp.stack(leaves)
-    )
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
     return stack(*merged), stack(*states)
 
   parts = [f"{key}={value}" for key, value in sorted(options.items())]
-  return Merge(
-    f"{name}({', '.join(parts)})" if parts else name, init, update
-  )
+  return Merge(f"{name}({', '.join(parts)})" if parts else name, init, update)
+
+
+def running_regmean(*, alpha: float = 0.9, samples: int | None = None) -> Merge:
+  """RegMean of the current network and the expert, task after task.
+
+  The current network counts with the sum of the Gram matrices of the tasks
+  before, each of the inputs that the layers of its task's expert had on its
+  task's data:
+
+      W <- (G_1 + ... + G_t)^-1 ((G_1 + ... + G_{t-1}) W_current + G_t W_expert)
+
+  So each layer keeps what the current network does on the inputs of the tasks
+  before, and what the expert does on those of its own. One matrix a layer is
+  held, whatever the number of tasks and of examples; no example is.
+
+  Args:
+    alpha: entries of the matrices off the diagonal are scaled by it, in [0, 1].
+    samples: number of a task's examples that its matrices are taken of; None
+      for all.
+
+  Returns:
+    The merge.
+
+  Raises:
+    ValueError: an option is out of its range.
+
+  References:
+    Jin et al., `Dataless knowledge fusion by merging weights of language models
+    <https://arxiv.org/abs/2212.09849>`_, 2023
+
+  >>> running_regmean().name
+  'running_regmean(alpha=0.9)'
+  """
+  if not 0 <= alpha <= 1:
+    raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+  if samples is not None and samples < 1:
+    raise ValueError(f"samples must be at least 1, got {samples}.")
+
+  def collect(problem: _problem.Problem, params: PyTree, task: int) -> Any:
+    rows = problem.stream.tasks[task].train[:samples]
+    images = problem.stream.train["image"][rows]
+    batches = [images[i : i + 1000] for i in range(0, len(rows), 1000)]
+    return merging.gram_matrices(problem.logits_fn, params, batches)
+
+  def init(problem: _problem.Problem) -> State:
+    def one(params: PyTree) -> Any:
+      image = problem.stream.train["image"][:1]
+      found = merging.gram_matrices(problem.logits_fn, params, [image])
+      return jax.tree.map(jnp.zeros_like, found)
+
+    return {"grams": regularizers.per_seed(problem, one, problem.params)}
+
+  def update(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    new = regularizers.per_seed(
+      problem,
+      lambda params: collect(problem, params, step.task),
+      step.expert,
+    )
+    total = jax.tree.map(jnp.add, state["grams"], new)
+    if step.task == 0:
+      return step.expert, {"grams": total}
+    merged = regularizers.per_seed(
+      problem,
+      lambda current, expert, old, new: merging.regmean(
+        [current, expert], grams=[old, new], alpha=alpha
+      ),
+      step.current,
+      step.expert,
+      state["grams"],
+      new,
+    )
+    return merged, {"grams": total}
+
+  name = f"running_regmean(alpha={alpha}"
+  name += f", samples={samples})" if samples else ")"
+  return Merge(name, init, update)
 
 
 def _merge_list(
@@ -260,9 +334,7 @@ def buffer_loss(
 
 
 def curve(
-  training: _training.Training = _training.Training(
-    0.07, 7e-5, weight_decay=5e-4
-  ),
+  training: _training.Training = _training.CURVE,
   *,
   t: str | float = 0.5,
   hold_out: float = 0.2,
@@ -307,7 +379,7 @@ def curve(
       return step.expert, state
     expert = step.expert
     if align:
-      expert = _regularizers.per_seed(
+      expert = regularizers.per_seed(
         problem,
         lambda current, expert: alignment.ot_align(
           current, expert, problem.spec
@@ -355,9 +427,7 @@ def curve(
   return Merge(f"curve({', '.join(parts)})", _no_state, update, True)
 
 
-def _best_on(
-  problem: _problem.Problem, path: Any, held: np.ndarray
-) -> PyTree:
+def _best_on(problem: _problem.Problem, path: Any, held: np.ndarray) -> PyTree:
   """Each seed's network of the smallest loss on its own held-out rows."""
   grid = np.linspace(0, 1, 21)
   chosen = []
@@ -389,9 +459,7 @@ def _loss_metric(
 
 
 def simplex(
-  training: _training.Training = _training.Training(
-    0.07, 7e-5, weight_decay=5e-4
-  ),
+  training: _training.Training = _training.CURVE,
   *,
   concentration: float = 1.0,
 ) -> Merge:
@@ -459,6 +527,4 @@ def simplex(
     )
     return merged, state
 
-  return Merge(
-    f"simplex(concentration={concentration})", init, update, True
-  )
+  return Merge(f"simplex(concentration={concentration})", init, update, True)

@@ -41,9 +41,7 @@ class Regularizer(NamedTuple):
   follows: bool = False
 
 
-def _quadratic(
-  problem: _problem.Problem, state: Data, weight: float
-) -> Data:
+def _quadratic(problem: _problem.Problem, state: Data, weight: float) -> Data:
   return {
     "quadratic": {
       "center": state["center"],
@@ -106,9 +104,7 @@ def ewc(
       f"decay must lie in (0, 1], and is for online=True alone; got {decay}."
     )
   if labels not in ("exact", "empirical"):
-    raise ValueError(
-      f"Unknown labels {labels!r}. Choose exact or empirical."
-    )
+    raise ValueError(f"Unknown labels {labels!r}. Choose exact or empirical.")
   if samples is not None and samples < 1:
     raise ValueError(f"samples must be at least 1, got {samples}.")
 
