@@ -31,3 +31,52 @@ def table1(dataset: str, network: str, row: str) -> tuple[float, float] | None:
     return None
   cells = _TABLE1[dataset].get(row)
   return cells[_NETWORKS.index(network)] if cells else None
+
+
+# Published figures of continual learning, final accuracy in per cent, (mean,
+# std or None), by variant, row and buffer size (0 for any). Table 2 of the Mode
+# Path Fusion paper; its Appendix C as the authors' notebook has it; van de Ven
+# and Tolias; Buzzega et al., Table 2.
+_CONTINUAL: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {
+  "splitmnist-mpf-paper": {
+    "joint": {0: (98.56, 0.06)},
+    "avg": {0: (36.34, 9.19)},
+    "ot": {0: (36.48, 9.16)},
+    "mpf": {0: (91.80, 0.41)},
+  },
+  "splitmnist-replay-sweep": {
+    row: {16 * 2**i: (value, None) for i, value in enumerate(values)}
+    for row, values in {
+      "mpf_random": (11.2, 11.5, 33.0, 81.0, 89.1, 92.4),
+      "avg_finetune": (64.1, 80.0, 85.3, 88.8, 91.5, 93.7),
+      "ot_finetune": (23.7, 24.0, 26.6, 29.4, 35.2, 40.7),
+    }.items()
+  },
+  "splitmnist-vandeven": {
+    "joint": {0: (98, None)},
+    "naive": {0: (20, None)},
+    "er": {0: (89, None)},
+    "lwf": {0: (23, None)},
+    "ewc": {0: (20, None)},
+  },
+  "splitmnist-buzzega": {
+    "joint": {0: (95.57, 0.24)},
+    "naive": {0: (19.60, 0.04)},
+    "er": {200: (80.43, 1.89), 500: (86.12, 1.89)},
+    "der++": {200: (85.61, 1.40), 500: (91.00, 1.49)},
+  },
+}
+
+
+def continual(
+  variant: str, row: str, size: int
+) -> tuple[float, float | None] | None:
+  """Returns the published mean and std, or None where there is none.
+
+  Args:
+    variant: of the configuration.
+    row: its row.
+    size: of the replay buffer; 0 for none.
+  """
+  cells = _CONTINUAL.get(variant, {}).get(row, {})
+  return cells.get(size, cells.get(0))
