@@ -243,7 +243,7 @@ def _digits(config: ml_collections.ConfigDict) -> None:
     "buffer_only": _row("buffer_only", training=_sgd(0.05, 40)),
     "regmean_replay": _row(
       "regmean_replay",
-      training=_sgd(0.05, 5),
+      training=_sgd(0.02, 5),
       finetune=_tuned(0.01, 20),
     ),
   }
