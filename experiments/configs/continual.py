@@ -135,11 +135,10 @@ def _sweep(config: ml_collections.ConfigDict) -> None:
     "regmean_replay": _row(
       "regmean_replay",
       training=_sgd(0.01, 3, augment=True),
-      finetune=_tuned(0.003, 60, True, soup=3),
+      finetune=_tuned(0.003, 60, soup=3),
       by_size={
         str(size): {"finetune": _tuned(rate, 60, True, soup=3)}
         for size, rate in (
-          (32, 0.005),
           (64, 0.01),
           (128, 0.01),
           (256, 0.02),

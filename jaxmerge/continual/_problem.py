@@ -266,4 +266,5 @@ def accuracies(
     seed_axis=True,
   )
   sizes = np.array([len(one) for one in rows], np.float64)
-  return np.asarray(means, np.float64) * len(union) / sizes
+  # Whole numbers of hits again: a float32 mean is not exact.
+  return np.rint(np.asarray(means, np.float64) * len(union)) / sizes

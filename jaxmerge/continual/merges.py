@@ -218,7 +218,9 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
   return Merge(f"{name}({', '.join(parts)})" if parts else name, init, update)
 
 
-def running_regmean(*, alpha: float = 0.9, samples: int | None = None) -> Merge:
+def running_regmean(
+  *, alpha: float = 0.9, damping: float = 0.01, samples: int | None = None
+) -> Merge:
   """RegMean of the current network and the expert, task after task.
 
   The current network counts with the sum of the Gram matrices of the tasks
@@ -233,6 +235,9 @@ def running_regmean(*, alpha: float = 0.9, samples: int | None = None) -> Merge:
 
   Args:
     alpha: entries of the matrices off the diagonal are scaled by it, in [0, 1].
+    damping: so many times its mean diagonal entry is added to the diagonal of
+      each matrix, not negative. Without any, inputs that are nearly always
+      zero get weights of any size, from which training on diverges.
     samples: number of a task's examples that its matrices are taken of; None
       for all.
 
@@ -247,18 +252,26 @@ def running_regmean(*, alpha: float = 0.9, samples: int | None = None) -> Merge:
     <https://arxiv.org/abs/2212.09849>`_, 2023
 
   >>> running_regmean().name
-  'running_regmean(alpha=0.9)'
+  'running_regmean(alpha=0.9, damping=0.01)'
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+  if damping < 0:
+    raise ValueError(f"damping must not be negative, got {damping}.")
   if samples is not None and samples < 1:
     raise ValueError(f"samples must be at least 1, got {samples}.")
+
+  def damped(gram: jax.Array) -> jax.Array:
+    size = len(gram)
+    extra = damping * jnp.trace(gram) / size
+    return gram + extra * jnp.eye(size, dtype=gram.dtype)
 
   def collect(problem: _problem.Problem, params: PyTree, task: int) -> Any:
     rows = problem.stream.tasks[task].train[:samples]
     images = problem.stream.train["image"][rows]
     batches = [images[i : i + 1000] for i in range(0, len(rows), 1000)]
-    return merging.gram_matrices(problem.logits_fn, params, batches)
+    found = merging.gram_matrices(problem.logits_fn, params, batches)
+    return jax.tree.map(damped, found)
 
   def init(problem: _problem.Problem) -> State:
     def one(params: PyTree) -> Any:
@@ -291,7 +304,7 @@ def running_regmean(*, alpha: float = 0.9, samples: int | None = None) -> Merge:
     )
     return merged, {"grams": total}
 
-  name = f"running_regmean(alpha={alpha}"
+  name = f"running_regmean(alpha={alpha}, damping={damping}"
   name += f", samples={samples})" if samples else ")"
   return Merge(name, init, update)
 

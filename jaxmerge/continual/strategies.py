@@ -159,6 +159,7 @@ def regmean_replay(
   *,
   batch_size: int = 32,
   alpha: float = 0.9,
+  damping: float = 0.01,
   samples: int | None = None,
   finetune: _strategy.Finetune | None = _FINETUNE,
 ) -> Strategy:
@@ -176,6 +177,7 @@ def regmean_replay(
     training: of the task's network; few epochs are enough.
     batch_size: number of stored examples a step.
     alpha: see `running_regmean`.
+    damping: see `running_regmean`.
     samples: see `running_regmean`.
     finetune: None for none. With few stored examples a small learning rate is
       better.
@@ -188,7 +190,7 @@ def regmean_replay(
   return _strategy.compose(
     "regmean_replay",
     learner,
-    merge=merges.running_regmean(alpha=alpha, samples=samples),
+    merge=merges.running_regmean(alpha=alpha, damping=damping, samples=samples),
     finetune=finetune,
   )
 
