@@ -216,7 +216,7 @@ class RegularizerTest(parameterized.TestCase):
     moved = {}
     # Small steps: a strong penalty has a large curvature.
     settings = Training(0.01, momentum=0.0, epochs=10, batch_size=8)
-    for weight in (1e-6, 50.0):
+    for weight in (1e-6, 100.0):
       strategy = strategies.get("ewc", training=settings, weight=weight)
       first = _problems.observe(strategy, problem, 1)
       second = strategy.observe(problem, first, 1)
@@ -224,7 +224,7 @@ class RegularizerTest(parameterized.TestCase):
       important = first.learner.regularizer["precision"]["out"]["kernel"]
       step = second.current["out"]["kernel"] - first.current["out"]["kernel"]
       moved[weight] = float((important * step**2).sum())
-    self.assertLess(moved[50.0], 0.2 * moved[1e-6])
+    self.assertLess(moved[100.0], 0.3 * moved[1e-6])
 
   def test_lwf_weights_are_those_of_the_task(self):
     problem = _problems.problem(capacity=0)
