@@ -77,9 +77,9 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     "random_mix": _row("merge:random_mix", **mine),
     "ties": _row("merge:ties", **mine),
     "task_arithmetic": _row("merge:task_arithmetic", scale=0.3, **mine),
-    "fisher_average": _row("merge:fisher_average", samples=1000, **mine),
+    "fisher_average": _row("merge:fisher_average", samples=200, **mine),
     "regmean": _row("merge:regmean", **mine),
-    "ewc": _row("ewc", weight=1e2, samples=1000, **mine),
+    "ewc": _row("ewc", weight=1e2, samples=200, **mine),
     "lwf": _row("lwf", **mine),
     "er": _row("er", **mine),
   }
@@ -167,7 +167,7 @@ def _vandeven(config: ml_collections.ConfigDict) -> None:
     "naive": _row("naive", **mine),
     "er": _row("er", batch_size=128, weight=None, **mine),
     "lwf": _row("lwf", **mine),
-    "ewc": _row("ewc", weight=1e2, samples=1000, head="seen", **mine),
+    "ewc": _row("ewc", weight=1e2, samples=200, head="seen", **mine),
     "si": _row("si", weight=1.0, head="seen", **mine),
   }
 
