@@ -33,6 +33,11 @@ class ReadmeTest(absltest.TestCase):
     self.assertAlmostEqual(average, 4.0, places=5)
     self.assertLess(merged, 1.0)
 
+  def test_page_on_continual_learning(self):
+    code = "\n".join(_blocks("docs/continual.md"))
+    output = _run(code, "docs/continual.md")
+    self.assertIn("'examples': 5760", output)  # 5 x 16 x (64 + 4 + 4) bytes
+
   def test_page_on_merging(self):
     """The blocks of the page follow one another."""
     code = "\n".join(_blocks("docs/merging.md"))
