@@ -4,7 +4,7 @@
       --config=experiments/configs/continual.py:digits
 
 Variants:
-  digits                    the embedded set, five tasks of two digits; a minute
+  digits                    the embedded set, five tasks of two digits; minutes
   splitmnist-mpf-paper      Table 2 of the Mode Path Fusion paper
   splitmnist-replay-sweep   its Appendix C with the controls, buffers 16 to 512
   splitmnist-vandeven       the protocol of van de Ven and Tolias

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxmerge import alignment, curves, merging
 from jaxmerge import tree as tree_lib
@@ -334,8 +335,6 @@ def buffer_loss(
   logits_fn: _problem.LogitsFn,
 ) -> Callable[[PyTree, PyTree, jax.Array], Any]:
   """Cross-entropy over all classes, as `jaxmerge.curves` takes a loss."""
-  import optax
-
   def loss(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
     del key
     logits = logits_fn(params, batch["image"])
