@@ -92,7 +92,7 @@ def distillation(
   heat = jnp.asarray(temperature, logits.dtype)
   probs = jax.nn.softmax(jnp.where(mask, targets, low) / heat)
   log_probs = jax.nn.log_softmax(jnp.where(mask, logits, low) / heat)
-  losses = -jnp.where(mask, probs * log_probs, 0.0).sum(axis=-1)
+  losses = jnp.where(mask, -probs * log_probs, 0.0).sum(axis=-1)
   return heat**2 * losses
 
 
