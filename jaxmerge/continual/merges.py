@@ -335,6 +335,7 @@ def buffer_loss(
   logits_fn: _problem.LogitsFn,
 ) -> Callable[[PyTree, PyTree, jax.Array], Any]:
   """Cross-entropy over all classes, as `jaxmerge.curves` takes a loss."""
+
   def loss(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
     del key
     logits = logits_fn(params, batch["image"])
