@@ -7,11 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from jaxmerge import continual
 from jaxmerge.continual import replay, streams
 
 CLASSES, TASKS, SEEDS, SIDE = 6, 3, 2, 3
+
+Training = continual.Training
+BRIEF = Training(0.05, epochs=1, batch_size=8)
+# Full batches of one task's 32 examples: steps that can be redone by hand.
+STEPS = Training(0.1, momentum=0.0, epochs=3, batch_size=32)
 
 
 class Source(NamedTuple):
@@ -90,3 +96,24 @@ def observe(strategy, one, tasks=None):
 
 def seed(tree, number):
   return jax.tree.map(lambda leaf: np.asarray(leaf[number]), tree)
+
+
+def task_data(one, task):
+  """The images and labels that a task is trained on."""
+  rows = one.stream.tasks[task].train
+  return one.stream.train["image"][rows], one.stream.train["label"][rows]
+
+
+def logits(kernel, images):
+  """The logits of the linear network, in float64."""
+  return images.reshape(len(images), -1).astype(np.float64) @ kernel
+
+
+def gradient(kernel, images, labels, mask=None):
+  """Mean gradient of the cross-entropy of the linear network."""
+  values = logits(kernel, images)
+  if mask is not None:
+    values = np.where(mask, values, -np.inf)
+  errors = special.softmax(values, axis=1)
+  errors[np.arange(len(labels)), labels] -= 1
+  return images.reshape(len(images), -1).T.astype(float) @ errors / len(labels)

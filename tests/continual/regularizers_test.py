@@ -1,0 +1,125 @@
+"""Tests of regularisers."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from jaxmerge.continual import _objective, regularizers, strategies
+from tests.continual import _problems
+from tests.continual._problems import Training
+
+
+class RegularizerTest(parameterized.TestCase):
+  def test_fisher_and_penalty(self):
+    problem = _problems.problem(capacity=0)
+    regularizer = regularizers.ewc(3.0, labels="empirical")
+    state = regularizer.init(problem)
+    self.assertEqual(
+      float(np.abs(state["precision"]["out"]["kernel"]).max()), 0
+    )
+    draws = np.random.default_rng(0)
+    networks = [
+      {"out": {"kernel": jnp.asarray(draws.normal(size=(2, 9, 6)), "float32")}}
+      for _ in range(2)
+    ]
+    for task, params in enumerate(networks):
+      state = regularizer.after_task(problem, state, params, task, None)
+    point = draws.normal(size=(9, 6))
+
+    def fisher(kernel, task):
+      images, labels = _problems.task_data(problem, task)
+      squares = [
+        _problems.gradient(kernel, images[j : j + 1], labels[j : j + 1]) ** 2
+        for j in range(len(labels))
+      ]
+      return np.mean(squares, axis=0)
+
+    kernels = [np.asarray(one["out"]["kernel"][0], float) for one in networks]
+    fishers = [fisher(kernel, task) for task, kernel in enumerate(kernels)]
+
+    def separate(theta):
+      return sum(
+        (f * (theta - kernel) ** 2).sum() / 2
+        for f, kernel in zip(fishers, kernels, strict=True)
+      )
+
+    data = regularizer.terms(problem, state, networks[1], 2)["quadratic"]
+    self.assertEqual(float(data["weight"][0]), 3)
+
+    def combined(theta):
+      return float(
+        _objective.quadratic_penalty(
+          {"k": jnp.asarray(theta, jnp.float32)},
+          {"k": data["center"]["out"]["kernel"][0]},
+          {"k": data["precision"]["out"]["kernel"][0]},
+        )
+      )
+
+    # Apart from a constant the two are one function.
+    other = np.zeros((9, 6))
+    np.testing.assert_allclose(
+      combined(point) - combined(other),
+      separate(point) - separate(other),
+      rtol=1e-4,
+    )
+
+  def test_online_fisher_decays(self):
+    problem = _problems.problem(capacity=0)
+    regularizer = regularizers.ewc(1.0, online=True, decay=0.5)
+    params = problem.params
+    once = regularizer.after_task(
+      problem, regularizer.init(problem), params, 0, None
+    )
+    again = regularizer.after_task(problem, once, params, 0, None)
+    chex.assert_trees_all_close(
+      again["precision"],
+      jax.tree.map(lambda leaf: 1.5 * leaf, once["precision"]),
+      rtol=1e-5,
+    )
+
+  def test_a_strong_penalty_keeps_the_network(self):
+    problem = _problems.problem(capacity=0)
+    moved = {}
+    # Small steps: a strong penalty has a large curvature.
+    settings = Training(0.01, momentum=0.0, epochs=10, batch_size=8)
+    for weight in (1e-6, 100.0):
+      strategy = strategies.get("ewc", training=settings, weight=weight)
+      first = _problems.observe(strategy, problem, 1)
+      second = strategy.observe(problem, first, 1)
+      # Where the task before has information.
+      important = first.learner.regularizer["precision"]["out"]["kernel"]
+      step = second.current["out"]["kernel"] - first.current["out"]["kernel"]
+      moved[weight] = float((important * step**2).sum())
+    self.assertLess(moved[100.0], 0.3 * moved[1e-6])
+
+  def test_lwf_weights_are_those_of_the_task(self):
+    problem = _problems.problem(capacity=0)
+    regularizer = regularizers.lwf()
+    for task, share in ((0, 0.0), (1, 1 / 2), (2, 2 / 3)):
+      terms = regularizer.terms(problem, {}, problem.params, task)
+      np.testing.assert_allclose(terms["distill"]["weight"], share, rtol=1e-6)
+      np.testing.assert_allclose(
+        terms["labels"]["weight"], 1 - share, rtol=1e-6
+      )
+      masks = np.asarray(terms["distill"]["masks"][0])
+      np.testing.assert_array_equal(masks.sum(axis=-1), 2 * task)
+
+  @parameterized.parameters(
+    (lambda: regularizers.ewc(0.0), "weight must be positive"),
+    (lambda: regularizers.ewc(1.0, decay=0.5), "decay must lie in"),
+    (lambda: regularizers.ewc(1.0, labels="true"), "Unknown labels 'true'"),
+    (lambda: regularizers.ewc(1.0, samples=0), "samples must be at least 1"),
+    (lambda: regularizers.si(1.0, damping=0.0), "damping must be positive"),
+    (lambda: regularizers.lwf(temperature=0.0), "temperature must be"),
+  )
+  def test_bad_options(self, make, message):
+    with self.assertRaisesRegex(ValueError, message):
+      make()
+
+
+if __name__ == "__main__":
+  absltest.main()
