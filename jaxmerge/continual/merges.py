@@ -445,7 +445,8 @@ def _best_on(problem: _problem.Problem, path: Any, held: np.ndarray) -> PyTree:
   grid = np.linspace(0, 1, 21)
   chosen = []
   for i in range(problem.num_seeds):
-    one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], path)
+    # Control points come first, seeds second.
+    one = jax.tree.map(lambda leaf, i=i: leaf[:, i : i + 1], path)
     _, losses = curves.profile(
       _loss_metric(problem.logits_fn),
       one,
