@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from scipy import special
 
 from jaxmerge import merging
 from jaxmerge.continual import merges, strategies
@@ -17,6 +18,8 @@ from tests.continual._problems import BRIEF
 class MergeTest(parameterized.TestCase):
   def _experts(self, problem, strategy):
     """The networks of the tasks, as the strategies share them."""
+    if isinstance(strategy, str):
+      strategy = strategies.get(strategy, training=BRIEF)
     _problems.observe(strategy, problem)
     return [
       value[0]
@@ -58,6 +61,34 @@ class MergeTest(parameterized.TestCase):
         _problems.seed(state.current, i), wanted, rtol=1e-5, atol=1e-6
       )
 
+  @parameterized.parameters(
+    ("fisher_average", {}, merging.diagonal_fisher, None),
+    ("regmean", {"alpha": 0.5}, merging.gram_matrices, 20),
+  )
+  def test_rules_get_statistics_of_their_task(
+    self, name, options, collect, samples
+  ):
+    problem = _problems.problem(capacity=0)
+    strategy = strategies.get(
+      f"merge:{name}", training=BRIEF, samples=samples, **options
+    )
+    state = _problems.observe(strategy, problem)
+    experts = self._experts(problem, strategy)
+    images = [_problems.task_data(problem, t)[0][:samples] for t in range(3)]
+    rule = getattr(merging, name)
+    for i in range(2):
+      models = [_problems.seed(one, i) for one in experts]
+      found = [
+        collect(problem.logits_fn, model, [x])
+        for model, x in zip(models, images, strict=True)
+      ]
+      chex.assert_trees_all_close(
+        _problems.seed(state.current, i),
+        rule(models, found, **options),
+        rtol=1e-4,
+        atol=1e-6,
+      )
+
   def test_running_regmean_keeps_what_each_does_on_its_inputs(self):
     problem = _problems.problem(capacity=0)
     merge = merges.running_regmean(alpha=1.0, damping=0.0)
@@ -90,6 +121,32 @@ class MergeTest(parameterized.TestCase):
         merged["out"]["kernel"][i], wanted, rtol=2e-2, atol=2e-3
       )
 
+  def test_running_regmean_of_three_tasks(self):
+    problem = _problems.problem(capacity=0)
+    merge = merges.running_regmean(alpha=0.6, damping=0.1)
+    draws = np.random.default_rng(1)
+    networks = draws.normal(size=(3, 2, 9, 6)).astype(np.float32)
+    none = np.zeros((2, 0), np.int32)
+    state, current = merge.init(problem), problem.params
+    for task, network in enumerate(networks):
+      step = merges.Step(
+        current, {"out": {"kernel": jnp.asarray(network)}}, task, none
+      )
+      current, state = merge.update(problem, state, step)
+    total = np.zeros((9, 9))
+    wanted = networks[0].astype(float)
+    for task, network in enumerate(networks):
+      x = _problems.task_data(problem, task)[0].reshape(-1, 9).astype(float)
+      gram = x.T @ x / len(x)
+      gram = gram + 0.1 * np.trace(gram) / 9 * np.eye(9)
+      gram = np.where(np.eye(9, dtype=bool), gram, 0.6 * gram)
+      products = total @ wanted + gram @ network
+      total = total + gram
+      wanted = np.linalg.solve(total, products)
+    np.testing.assert_allclose(
+      current["out"]["kernel"], wanted, rtol=1e-3, atol=1e-4
+    )
+
   def test_memory_of_running_rules_does_not_grow(self):
     problem = _problems.problem(capacity=0)
     bytes_of = {}
@@ -119,6 +176,10 @@ class MergeTest(parameterized.TestCase):
     self.assertGreater(
       float(jnp.abs(plain["in"]["kernel"] - moved["in"]["kernel"]).max()), 0.01
     )
+    curved, _ = merges.curve(BRIEF, t=1.0, align="ot").update(
+      problem, {}, step._replace(buffer=problem.rows_of([0, 1]))
+    )
+    chex.assert_trees_all_close(curved, problem.params, atol=1e-6)
 
   def test_the_ends_of_a_curve(self):
     problem = _problems.problem(hidden=True)
@@ -131,6 +192,39 @@ class MergeTest(parameterized.TestCase):
     half, _ = merges.curve(BRIEF, t=0.5).update(problem, {}, step)
     second, _ = merges.curve(BRIEF, t="1/t").update(problem, {}, step)
     chex.assert_trees_all_close(half, second)
+
+  def test_best_point_of_a_curve_is_that_on_held_out_examples(self):
+    problem = _problems.problem()
+    far = jax.tree.map(lambda leaf: -20 * leaf, problem.params)
+    rows = problem.rows_of([0, 1])[:, ::2]
+    step = merges.Step(far, self._experts(problem, "avg")[0], 1, rows)
+    merge = merges.curve(BRIEF, t="best", hold_out=0.25)
+    best, _ = merge.update(problem, {}, step)
+    # Every fourth is held out, the curve is fitted on the others.
+    last = np.arange(rows.shape[1]) % 4 == 0
+    fitted = step._replace(buffer=rows[:, ~last])
+    examples = problem.examples(rows[:, last])
+    grid = np.linspace(0, 1, 21)
+    points = [
+      np.asarray(
+        merges.curve(BRIEF, t=float(t)).update(problem, {}, fitted)[0]["out"][
+          "kernel"
+        ]
+      )
+      for t in grid
+    ]
+    for i in range(2):
+      labels = examples["label"][i]
+      losses = []
+      for point in points:
+        logits = _problems.logits(point[i], examples["image"][i])
+        chances = special.log_softmax(logits, axis=1)
+        losses.append(-chances[np.arange(len(labels)), labels].mean())
+      found = int(np.argmin(losses))
+      self.assertGreater(losses[0], losses[found])
+      np.testing.assert_allclose(
+        best["out"]["kernel"][i], points[found][i], rtol=1e-5, atol=1e-5
+      )
 
   @parameterized.parameters(
     (lambda: merges.running(2.0), "weight must be '1/t' or lie in"),

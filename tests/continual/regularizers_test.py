@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from scipy import special
 
 from jaxmerge.continual import _objective, regularizers, strategies
 from tests.continual import _problems
-from tests.continual._problems import Training
+from tests.continual._problems import STEPS, Training
 
 
 class RegularizerTest(parameterized.TestCase):
-  def test_fisher_and_penalty(self):
+  @parameterized.parameters(("exact", None), ("empirical", None), ("exact", 20))
+  def test_fisher_and_penalty(self, kind, samples):
     problem = _problems.problem(capacity=0)
-    regularizer = regularizers.ewc(3.0, labels="empirical")
+    regularizer = regularizers.ewc(3.0, labels=kind, samples=samples)
     state = regularizer.init(problem)
     self.assertEqual(
       float(np.abs(state["precision"]["out"]["kernel"]).max()), 0
@@ -32,10 +34,16 @@ class RegularizerTest(parameterized.TestCase):
 
     def fisher(kernel, task):
       images, labels = _problems.task_data(problem, task)
-      squares = [
-        _problems.gradient(kernel, images[j : j + 1], labels[j : j + 1]) ** 2
-        for j in range(len(labels))
-      ]
+      squares = []
+      for x, y in zip(images[:samples], labels[:samples], strict=True):
+        p = special.softmax(_problems.logits(kernel, x[None])[0])
+        chances = p if kind == "exact" else np.eye(6)[y]
+        squares.append(
+          sum(
+            chance * _problems.gradient(kernel, x[None], np.array([c])) ** 2
+            for c, chance in enumerate(chances)
+          )
+        )
       return np.mean(squares, axis=0)
 
     kernels = [np.asarray(one["out"]["kernel"][0], float) for one in networks]
@@ -59,6 +67,9 @@ class RegularizerTest(parameterized.TestCase):
         )
       )
 
+    np.testing.assert_allclose(
+      state["precision"]["out"]["kernel"][0], sum(fishers), rtol=1e-4, atol=1e-7
+    )
     # Apart from a constant the two are one function.
     other = np.zeros((9, 6))
     np.testing.assert_allclose(
@@ -96,6 +107,44 @@ class RegularizerTest(parameterized.TestCase):
       moved[weight] = float((important * step**2).sum())
     self.assertLess(moved[100.0], 0.3 * moved[1e-6])
 
+  def test_first_task_knows_no_penalty(self):
+    problem = _problems.problem(capacity=0)
+    naive = strategies.get("naive", training=STEPS)
+    plain = [_problems.observe(naive, problem, n).current for n in (1, 2)]
+    for name in ("ewc", "si"):
+      strategy = strategies.get(name, training=STEPS, weight=0.5)
+      found = [_problems.observe(strategy, problem, n).current for n in (1, 2)]
+      chex.assert_trees_all_close(found[0], plain[0], rtol=1e-5, atol=1e-6)
+      change = found[1]["out"]["kernel"] - plain[1]["out"]["kernel"]
+      self.assertGreater(float(jnp.abs(change).max()), 1e-3)
+
+  @parameterized.parameters((None, 1 / 2, 1 / 2), (3.0, 1.0, 3.0))
+  def test_lwf_steps(self, weight, own_share, old_share):
+    problem = _problems.problem(capacity=0)
+    heat = 2.0
+    strategy = strategies.get(
+      "lwf", training=STEPS, weight=weight, temperature=heat
+    )
+    first = _problems.observe(strategy, problem, 1)
+    second = strategy.observe(problem, first, 1)
+    images, labels = _problems.task_data(problem, 1)
+    x = images.reshape(len(images), -1).astype(float)
+    for i in range(2):
+      kernel = np.asarray(first.current["out"]["kernel"][i], np.float64)
+      # The old task's classes are 0 and 1, softened.
+      old = special.softmax(_problems.logits(kernel, images)[:, :2] / heat, 1)
+      for _ in range(3):
+        now = _problems.logits(kernel, images)[:, :2] / heat
+        errors = np.zeros((len(x), 6))
+        errors[:, :2] = heat * (special.softmax(now, 1) - old)
+        gradient = own_share * _problems.gradient(
+          kernel, images, labels, np.arange(6) < 4
+        )
+        kernel = kernel - 0.1 * (gradient + old_share * x.T @ errors / len(x))
+      np.testing.assert_allclose(
+        second.current["out"]["kernel"][i], kernel, rtol=1e-4, atol=1e-6
+      )
+
   def test_lwf_weights_are_those_of_the_task(self):
     problem = _problems.problem(capacity=0)
     regularizer = regularizers.lwf()
@@ -111,6 +160,12 @@ class RegularizerTest(parameterized.TestCase):
   @parameterized.parameters(
     (lambda: regularizers.ewc(0.0), "weight must be positive"),
     (lambda: regularizers.ewc(1.0, decay=0.5), "decay must lie in"),
+    (
+      lambda: regularizers.ewc(1.0, online=True, decay=1.5),
+      "decay must lie in",
+    ),
+    (lambda: regularizers.si(-1.0), "weight must be positive"),
+    (lambda: regularizers.lwf(0.0), "weight must be positive"),
     (lambda: regularizers.ewc(1.0, labels="true"), "Unknown labels 'true'"),
     (lambda: regularizers.ewc(1.0, samples=0), "samples must be at least 1"),
     (lambda: regularizers.si(1.0, damping=0.0), "damping must be positive"),
