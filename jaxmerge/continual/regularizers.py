@@ -51,6 +51,14 @@ def _quadratic(problem: _problem.Problem, state: Data, weight: float) -> Data:
   }
 
 
+# Cached: equal functions share one compiled Fisher.
+@functools.lru_cache(maxsize=64)
+def _logits_of(
+  logits_fn: _problem.LogitsFn, classes: tuple[int, ...]
+) -> _problem.LogitsFn:
+  return lambda params, images: logits_fn(params, images)[:, jnp.array(classes)]
+
+
 def _positive(**values: float) -> None:
   for name, value in values.items():
     if not value > 0:
@@ -70,7 +78,8 @@ def ewc(
       penalty = weight / 2 * sum_i sum_t F_{t,i} (theta_i - theta_{t,i})^2
 
   with F_t the diagonal of the Fisher information of task t's network on task
-  t's data, per example, and theta_t that network. The sum of squares is kept as
+  t's data, per example, and theta_t that network; in a task-incremental stream
+  that of the task's own classes. The sum of squares is kept as
   one square, of precision sum_t F_t around the weighted mean of the theta_t,
   from which it differs by a constant: the memory does not grow. Online, the
   precision is F_t + decay * (the precision before), around the last theta_t
@@ -134,12 +143,20 @@ def ewc(
       (images[i : i + 1000], targets[i : i + 1000])
       for i in range(0, len(rows), 1000)
     ]
+    logits_fn = problem.logits_fn
+    if problem.stream.scenario == "task-incremental":
+      # The network is trained and evaluated on the task's classes alone.
+      classes = problem.stream.tasks[task].classes
+      logits_fn = _logits_of(logits_fn, tuple(classes))
+      places = np.zeros(problem.stream.num_classes, np.int32)
+      places[list(classes)] = np.arange(len(classes))
+      batches = [(images, places[targets]) for images, targets in batches]
     if labels == "exact":
       batches = [batch[0] for batch in batches]
     fisher = per_seed(
       problem,
       lambda params: merging.diagonal_fisher(
-        problem.logits_fn, params, batches, labels=labels
+        logits_fn, params, batches, labels=labels
       ),
       params,
     )

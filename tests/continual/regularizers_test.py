@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import special
 
-from jaxmerge.continual import _objective, regularizers, strategies
+from jaxmerge.continual import _objective, regularizers, strategies, streams
 from tests.continual import _problems
 from tests.continual._problems import STEPS, Training
 
@@ -76,6 +76,30 @@ class RegularizerTest(parameterized.TestCase):
       combined(point) - combined(other),
       separate(point) - separate(other),
       rtol=1e-4,
+    )
+
+  @parameterized.parameters("exact", "empirical")
+  def test_fisher_of_the_classes_of_a_task(self, kind):
+    stream = streams.task_incremental(
+      _problems.source(6, 0), _problems.source(4, 1), num_tasks=3
+    )
+    problem = _problems.problem(capacity=0, stream=stream)
+    regularizer = regularizers.ewc(1.0, labels=kind)
+    state = regularizer.after_task(
+      problem, regularizer.init(problem), problem.params, 1, None
+    )
+    images, labels = _problems.task_data(problem, 1)
+    kernel = np.asarray(problem.params["out"]["kernel"][0], np.float64)
+    own = np.isin(np.arange(6), [2, 3])
+    wanted = np.zeros_like(kernel)
+    for x, y in zip(images, labels, strict=True):
+      chances = special.softmax(_problems.logits(kernel, x[None])[0][own])
+      for c, chance in zip((2, 3), chances, strict=True):
+        weight = chance if kind == "exact" else float(c == y)
+        gradient = _problems.gradient(kernel, x[None], np.array([c]), own)
+        wanted += weight * gradient**2 / len(labels)
+    np.testing.assert_allclose(
+      state["precision"]["out"]["kernel"][0], wanted, rtol=1e-4, atol=1e-7
     )
 
   def test_online_fisher_decays(self):
