@@ -25,19 +25,21 @@ VARIANTS = tuple(f"{step}/{data}" for step in STEPS for data in DATA)
 Tensors = list[torch.Tensor]
 
 
-def _logits(weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def network_logits(
+  weights: Sequence[torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
   for weight in weights[:-1]:
     x = functional.relu(functional.linear(x, weight))
   return functional.linear(x, weights[-1])
 
 
-def _loss(
+def network_loss(
   weights: Sequence[torch.Tensor], x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
-  return functional.cross_entropy(_logits(weights, x), y)
+  return functional.cross_entropy(network_logits(weights, x), y)
 
 
-def _curve_loss(
+def curve_loss(
   bend: Tensors,
   start: Tensors,
   end: Tensors,
@@ -50,7 +52,7 @@ def _curve_loss(
     a * first + b * middle + c * last
     for first, middle, last in zip(start, bend, end, strict=True)
   ]
-  return _loss(weights, x, y)
+  return network_loss(weights, x, y)
 
 
 def normalize(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -110,9 +112,9 @@ class Epoch:
       foreach=not fused,
       fused=fused,
     )
-    self.loss: Callable[..., torch.Tensor] = _curve_loss
+    self.loss: Callable[..., torch.Tensor] = curve_loss
     if self.step == "compiled":
-      self.loss = torch.compile(_curve_loss, dynamic=False)
+      self.loss = torch.compile(curve_loss, dynamic=False)
 
   def batches(self):
     """Yields the epoch's batches, normalised."""
@@ -140,7 +142,7 @@ class Epoch:
       torch._foreach_add_(weights, self.end, alpha=c)
       for weight in weights:
         weight.requires_grad_()
-      loss = _loss(weights, x, y)
+      loss = network_loss(weights, x, y)
       gradients = list(torch.autograd.grad(loss, weights))
       torch._foreach_mul_(gradients, b)
       for parameter, gradient in zip(self.bend, gradients, strict=True):

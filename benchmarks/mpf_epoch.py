@@ -23,18 +23,17 @@ import contextlib
 import functools
 import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
 from absl import app, flags
 
-from benchmarks import _problem, _turns
+from benchmarks import _problem, _turns, _worker
 
 SECTIONS = ("epoch", "batch", "width", "devices")
 NETWORKS = ("mlpnet", "mlplarge", "mlphuge")
@@ -65,8 +64,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Writes the JSON here, too.")
 
 
 # --- Workers -----------------------------------------------------------------
-# A worker sends a description of itself when it is warm; then it answers each
-# request with a number, until it gets None.
+# Each sends a description of itself when it is warm; see `_worker.Worker`.
 
 
 def jaxmerge_epoch(
@@ -184,47 +182,6 @@ def jax_matmul(pipe: connection.Connection) -> None:
     pipe.send(_jaxmerge_epoch.matmul_seconds(n))
 
 
-class Worker:
-  """A process that measures on request."""
-
-  def __init__(self, target: Callable[..., None], *args: Any):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, theirs = context.Pipe()
-    self._process = context.Process(
-      target=target, args=(theirs, *args), daemon=True
-    )
-    self._process.start()
-    theirs.close()
-    self.info: dict[str, Any] = self._receive()
-
-  def _receive(self) -> Any:
-    try:
-      return self._pipe.recv()
-    except EOFError:
-      self._process.join()
-      raise SystemExit("error: a measuring process failed, see above") from None
-
-  def seconds(self, request: Any = "epoch") -> float:
-    """Measures once."""
-    self._pipe.send(request)
-    return self._receive()
-
-  def close(self) -> None:
-    """Ends the process."""
-    with contextlib.suppress(OSError):
-      self._pipe.send(None)
-    self._process.join()
-
-
-@contextlib.contextmanager
-def _worker(target: Callable[..., None], *args: Any) -> Iterator[Worker]:
-  worker = Worker(target, *args)
-  try:
-    yield worker
-  finally:
-    worker.close()
-
-
 # --- Sections ----------------------------------------------------------------
 
 
@@ -239,14 +196,14 @@ def _point(
   source, repeats = setting["source"], setting["repeats"]
   with contextlib.ExitStack() as stack:
     ours = stack.enter_context(
-      _worker(jaxmerge_epoch, network, batch_size, devices, source)
+      _worker.worker(jaxmerge_epoch, network, batch_size, devices, source)
     )
     if "missing" in ours.info:
       return {"missing": ours.info["missing"]}
     sides: dict[str, Callable[[], float]] = {"jaxmerge": ours.seconds}
     if variant is not None:
       theirs = stack.enter_context(
-        _worker(
+        _worker.worker(
           torch_epoch,
           _problem.layer_sizes(network),
           batch_size,
@@ -279,9 +236,9 @@ def measure_epoch(setting: dict[str, Any]) -> dict[str, Any]:
   sizes = _problem.layer_sizes("mlpnet")
   with contextlib.ExitStack() as stack:
     ours = stack.enter_context(
-      _worker(jaxmerge_epoch, "mlpnet", 128, 1, source)
+      _worker.worker(jaxmerge_epoch, "mlpnet", 128, 1, source)
     )
-    products = stack.enter_context(_worker(jax_matmul))
+    products = stack.enter_context(_worker.worker(jax_matmul))
     sides: dict[str, Callable[[], float]] = {"jaxmerge": ours.seconds}
     for n in MATMUL_SIZES:
       sides[f"matmul/jax/{n}"] = functools.partial(products.seconds, n)
@@ -289,7 +246,7 @@ def measure_epoch(setting: dict[str, Any]) -> dict[str, Any]:
     del info["version"]
     if setting["torch"]:
       theirs = stack.enter_context(
-        _worker(
+        _worker.worker(
           torch_epoch,
           sizes,
           128,
