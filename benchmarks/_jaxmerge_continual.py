@@ -90,10 +90,10 @@ class Runner:
     self._compiled: dict[str, list[float]] = collections.defaultdict(list)
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **kwargs: Any) -> None:
+  def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
     del kwargs
     if event in _EVENTS:
-      self._compiled[_EVENTS[event]].append(seconds)
+      self._compiled[_EVENTS[event]].append(duration_secs)
 
   @property
   def sizes(self) -> list[int]:

@@ -10,7 +10,8 @@ t ~ U(0, 1) a step, and its middle is the merged network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class Program:
     return self._train[0][0].shape[1]
 
   def _loss(self, name: str, compiled: bool) -> Callable[..., torch.Tensor]:
-    loss = {
+    loss: Any = {
       "network": _torch_epoch.network_loss,
       "curve": _torch_epoch.curve_loss,
     }[name]
@@ -117,6 +118,7 @@ class Program:
     for _ in range(epochs):
       losses = []
       order = torch.randperm(len(x))
+      batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
       if layout == "shuffled":
         batches = zip(x[order].split(size), y[order].split(size), strict=True)
       else:

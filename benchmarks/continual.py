@@ -138,8 +138,8 @@ def torch_run(
     }
   )
   while (seed := pipe.recv()) is not None:
-    seconds, accuracies, _ = program.run(network, curve, theta(seed), seed)
-    pipe.send({"seconds": seconds, "accuracies": [accuracies.tolist()]})
+    took, accuracies, _ = program.run(network, curve, theta(seed), seed)
+    pipe.send({"seconds": took, "accuracies": [accuracies.tolist()]})
 
 
 def _fresh(
@@ -156,15 +156,13 @@ def _fresh(
 def measure(
   protocol: _continual_protocol.Protocol,
   repeats: int,
-  seeds: int,
   threads: list[int] | None,
 ) -> dict[str, Any]:
-  """Measures the sides in turns, then several seeds at once.
+  """Measures one seed, the sides in turns.
 
   Args:
     protocol: The protocol.
     repeats: Number of turns.
-    seeds: Number of seeds at once; 1 for no such measurement.
     threads: PyTorch's threads to try; None for no PyTorch.
 
   Returns:
@@ -219,16 +217,19 @@ def measure(
       }
       for name in ("first", "compiled")
     }
-  if seeds > 1:
-    first, second = _fresh(protocol, list(range(seeds)), 2)
-    result["seeds"] = {
-      "seeds": seeds,
-      "first": first["seconds"],
-      "compiled": second["seconds"],
-      "accuracies": first["accuracies"],
-      **{name: first[name] for name in result["one_seed"]},
-    }
   return result
+
+
+def measure_seeds(
+  protocol: _continual_protocol.Protocol, seeds: int
+) -> dict[str, Any]:
+  """Measures several seeds at once, in a fresh process, and once more."""
+  first, second = _fresh(protocol, list(range(seeds)), 2)
+  return first | {
+    "seeds": seeds,
+    "first": first.pop("seconds"),
+    "compiled": second["seconds"],
+  }
 
 
 def _range(theirs: list[float], ours: list[float]) -> tuple[float, float]:
@@ -246,7 +247,7 @@ _TITLES = {
 
 
 def report(result: dict[str, Any]) -> str:
-  """The tables of the results."""
+  """The table of one seed, and the ratios."""
   rows = []
   for name, times in result["times"].items():
     means = [100 * float(np.mean(one)) for one in result["accuracies"][name]]
@@ -277,6 +278,11 @@ def report(result: dict[str, Any]) -> str:
     )
     for variant, reason in torch["failed"].items():
       text.append(f"{variant} is not available: {reason}")
+  return "\n".join(text)
+
+
+def report_seeds(result: dict[str, Any]) -> str:
+  """The table of what is compiled for one seed and for several."""
   counts = {1: result["one_seed"]}
   if "seeds" in result:
     counts[result["seeds"]["seeds"]] = result["seeds"]
@@ -295,8 +301,7 @@ def report(result: dict[str, Any]) -> str:
     )
   header = ["seeds", "epochs compiled", "programs compiled"]
   header += ["trace, lower and compile s", "first s", "compiled s"]
-  text += ["", _turns.table(header, rows)]
-  return "\n".join(text)
+  return _turns.table(header, rows)
 
 
 def main(argv: list[str]) -> None:
@@ -317,18 +322,16 @@ def main(argv: list[str]) -> None:
     f"{protocol.dataset}, {cores} cores, medians of {given.repeats}\n",
     flush=True,
   )
-  result = measure(
-    protocol,
-    1 if given.smoke else given.repeats,
-    min(given.seeds, 2) if given.smoke else given.seeds,
-    threads,
-  )
   result = {
     "python": platform.python_version(),
     "cores": cores,
     "dataset": protocol.dataset,
-  } | result
-  print(report(result) + "\n")
+  } | measure(protocol, 1 if given.smoke else given.repeats, threads)
+  print(report(result) + "\n", flush=True)
+  seeds = min(given.seeds, 2) if given.smoke else given.seeds
+  if seeds > 1:
+    result["seeds"] = measure_seeds(protocol, seeds)
+  print(report_seeds(result) + "\n")
   text = json.dumps(result, indent=2)
   if given.out:
     with open(given.out, "w") as file:
