@@ -36,7 +36,7 @@ def table1(dataset: str, network: str, row: str) -> tuple[float, float] | None:
 # Published figures of continual learning, final accuracy in per cent, (mean,
 # std or None), by variant, row and buffer size (0 for any). Table 2 of the Mode
 # Path Fusion paper; its Appendix C as the authors' notebook has it; van de Ven
-# and Tolias; Buzzega et al., Table 2.
+# and Tolias.
 _CONTINUAL: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {
   "splitmnist-mpf-paper": {
     "joint": {0: (98.56, 0.06)},
@@ -58,12 +58,6 @@ _CONTINUAL: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {
     "er": {0: (89, None)},
     "lwf": {0: (23, None)},
     "ewc": {0: (20, None)},
-  },
-  "splitmnist-buzzega": {
-    "joint": {0: (95.57, 0.24)},
-    "naive": {0: (19.60, 0.04)},
-    "er": {200: (80.43, 1.89), 500: (86.12, 1.89)},
-    "der++": {200: (85.61, 1.40), 500: (91.00, 1.49)},
   },
 }
 

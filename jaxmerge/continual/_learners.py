@@ -264,25 +264,18 @@ def run(
   Returns:
     The result, with the axis of seeds.
   """
-  batch_size = min(settings.batch_size, rows.shape[1])
-  epochs = settings.epochs
-  if settings.iterations is not None:
-    rows = _training.tile_rows(rows, settings.iterations * batch_size, 0)
-    epochs = 1
-  plan = training.plan_epoch(
-    rows.shape[1], batch_size, len(problem.train.devices)
-  )
+  plan = _training.plan(settings, rows)
   return training.train(
     _objective.loss_fn(problem.logits_fn, terms),
     params,
     problem.train,
-    optimizer=_training.optimizer(settings, epochs, plan.steps),
-    epochs=epochs,
-    batch_size=batch_size,
+    optimizer=plan.optimizer,
+    epochs=plan.epochs,
+    batch_size=plan.batch_size,
     keys=keys,
     frozen=frozen,
     state=state,
-    indices=rows,
+    indices=plan.rows,
     transform=problem.transform if settings.augment else None,
     draw=_draw(terms.replay_batch) if terms.replay_batch else None,
   )

@@ -106,6 +106,15 @@ class Problem:
     rows = np.concatenate([self.stream.tasks[task].train for task in tasks])
     return np.broadcast_to(rows, (self.num_seeds, len(rows)))
 
+  def batches(
+    self, task: int, samples: int | None = None
+  ) -> list[dict[str, np.ndarray]]:
+    """A task's first training examples, all by default, 1000 at a time."""
+    rows = self.stream.tasks[task].train[:samples]
+    return [
+      self.examples(rows[i : i + 1000]) for i in range(0, len(rows), 1000)
+    ]
+
   def examples(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Training examples by row, leaves of the rows' shape and more."""
     return {
@@ -202,6 +211,43 @@ def head_masks(problem: Problem, head: str, task: int) -> np.ndarray:
   else:
     raise ValueError(f"Unknown head {head!r}. Choose all, seen or task.")
   return masks
+
+
+# Cached: equal functions share one compiled program.
+@functools.lru_cache(maxsize=64)
+def _logits_of(logits_fn: LogitsFn, classes: tuple[int, ...]) -> LogitsFn:
+  return lambda params, images: logits_fn(params, images)[:, jnp.array(classes)]
+
+
+def own_logits(problem: Problem, task: int) -> tuple[LogitsFn, np.ndarray]:
+  """The logits that a task's network is trained on, and where a label is.
+
+  Args:
+    problem: the problem.
+    task: number of the task.
+
+  Returns:
+    `logits_fn(params, inputs)`, in a task-incremental stream of the task's own
+    classes alone; int32 `[classes]`, the place of each class among its logits.
+  """
+  count = problem.stream.num_classes
+  if problem.stream.scenario != "task-incremental":
+    return problem.logits_fn, np.arange(count, dtype=np.int32)
+  classes = tuple(problem.stream.tasks[task].classes)
+  places = np.zeros(count, np.int32)
+  places[list(classes)] = np.arange(len(classes))
+  return _logits_of(problem.logits_fn, classes), places
+
+
+def per_seed(
+  problem: Problem, make: Callable[..., PyTree], *trees: PyTree
+) -> PyTree:
+  """Calls a function once a seed and stacks what it returns."""
+  made = [
+    make(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in trees))
+    for i in range(problem.num_seeds)
+  ]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
 
 def seed_axis(problem: Problem, value: Any) -> jax.Array:

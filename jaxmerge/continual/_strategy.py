@@ -141,7 +141,7 @@ def _store(
   replay = problem.replay
   assert replay is not None
   rows = problem.stream.tasks[task].train
-  # In an order of the run's own; a reservoir does not mind, a ring does.
+  # In a random order, the same in every run: a ring keeps the last ones.
   rows = np.random.Generator(np.random.PCG64(task)).permutation(rows)
   examples = problem.examples(rows)
   features = None

@@ -146,3 +146,40 @@ def tile_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
       for row in rows
     ]
   ).astype(np.int32)
+
+
+class Plan(NamedTuple):
+  """A training run on some rows.
+
+  Attributes:
+    rows: int32 `[seeds, n]`, the examples of an epoch.
+    epochs: number of epochs.
+    batch_size: examples a step.
+    optimizer: the optimizer, its schedule over all steps.
+  """
+
+  rows: np.ndarray
+  epochs: int
+  batch_size: int
+  optimizer: training.Optimizer
+
+
+def plan(settings: Training, rows: np.ndarray) -> Plan:
+  """Plans a run: a number of iterations is one epoch of repeated rows.
+
+  Args:
+    settings: the settings.
+    rows: int32 `[seeds, n]`, the examples.
+
+  Returns:
+    The plan.
+
+  >>> plan(Training(iterations=7, batch_size=4), np.zeros((1, 6))).rows.shape
+  (1, 28)
+  """
+  batch_size = min(settings.batch_size, rows.shape[1])
+  epochs = settings.epochs
+  if settings.iterations is not None:
+    rows, epochs = tile_rows(rows, settings.iterations * batch_size, 0), 1
+  steps = -(-rows.shape[1] // batch_size)
+  return Plan(rows, epochs, batch_size, optimizer(settings, epochs, steps))

@@ -13,7 +13,7 @@ import optax
 
 from jaxmerge import alignment, curves, merging
 from jaxmerge import tree as tree_lib
-from jaxmerge.continual import _problem, _training, regularizers
+from jaxmerge.continual import _problem, _training
 
 PyTree = Any
 State = Any
@@ -69,6 +69,55 @@ def _check_weight(weight: str | float) -> None:
     raise ValueError(f"weight must be '1/t' or lie in [0, 1], got {weight!r}.")
 
 
+def _check_align(align: str | None) -> None:
+  if align not in (None, "ot", "weights"):
+    raise ValueError(f"Unknown align {align!r}. Choose None, ot or weights.")
+
+
+def _aligned(
+  problem: _problem.Problem,
+  step: Step,
+  align: str | None,
+  options: dict[str, Any],
+) -> PyTree:
+  """The expert in the order of the current network's neurons."""
+  if align is None:
+    return step.expert
+  spec = problem.spec or alignment.derive_spec(
+    jax.tree.map(lambda leaf: leaf[0], step.expert)
+  )
+
+  def one(current: PyTree, expert: PyTree) -> PyTree:
+    if align == "ot":
+      return alignment.ot_align(current, expert, spec, **options)[0]
+    return alignment.weight_matching(
+      current, expert, spec, key=jax.random.key(0), **options
+    )[0]
+
+  return _problem.per_seed(problem, one, step.current, step.expert)
+
+
+def _no_experts(problem: _problem.Problem) -> PyTree:
+  """Room for the networks of all tasks, `[seeds, tasks, ...]`."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(
+      (len(leaf), problem.num_tasks, *leaf.shape[1:]), leaf.dtype
+    ),
+    problem.params,
+  )
+
+
+def _with_expert(held: PyTree, step: Step) -> tuple[PyTree, list[PyTree]]:
+  """The networks held with one more, and those so far as a list."""
+  held = jax.tree.map(
+    lambda all_of, one: all_of.at[:, step.task].set(one), held, step.expert
+  )
+  return held, [
+    jax.tree.map(lambda leaf, t=t: leaf[:, t], held)
+    for t in range(step.task + 1)
+  ]
+
+
 def running(
   weight: str | float = "1/t", *, align: str | None = None, **options: Any
 ) -> Merge:
@@ -94,36 +143,14 @@ def running(
   'running(1/t)'
   """
   _check_weight(weight)
-  if align not in (None, "ot", "weights"):
-    raise ValueError(f"Unknown align {align!r}. Choose None, ot or weights.")
+  _check_align(align)
 
   def update(
     problem: _problem.Problem, state: State, step: Step
   ) -> tuple[PyTree, State]:
     if step.task == 0:
       return step.expert, state
-    expert = step.expert
-    if align == "ot":
-      expert = regularizers.per_seed(
-        problem,
-        lambda current, expert: alignment.ot_align(
-          current, expert, problem.spec, **options
-        )[0],
-        step.current,
-        expert,
-      )
-    elif align == "weights":
-      spec = problem.spec or alignment.derive_spec(
-        jax.tree.map(lambda leaf: leaf[0], expert)
-      )
-      expert = regularizers.per_seed(
-        problem,
-        lambda current, expert: alignment.weight_matching(
-          current, expert, spec, key=jax.random.key(0), **options
-        )[0],
-        step.current,
-        expert,
-      )
+    expert = _aligned(problem, step, align, options)
     share = _share(weight, step.task)
     return tree_lib.lerp(step.current, expert, share), state
 
@@ -167,53 +194,47 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
   def statistics(problem: _problem.Problem, expert: PyTree, task: int) -> Any:
     if rule.info.statistics is None:
       return None
-    rows = problem.stream.tasks[task].train[:samples]
-    images = problem.stream.train["image"][rows]
-    batches = [images[i : i + 1000] for i in range(0, len(rows), 1000)]
     collect = getattr(merging, rule.info.statistics)
-    return collect(problem.logits_fn, expert, batches)
+    images = [batch["image"] for batch in problem.batches(task, samples)]
+    return collect(_problem.own_logits(problem, task)[0], expert, images)
 
   def init(problem: _problem.Problem) -> State:
-    def one(params: PyTree) -> PyTree:
-      if rule.info.streams:
-        return triple(problem, 0).init(params)
-      return jax.tree.map(
-        lambda leaf: jnp.zeros((problem.num_tasks, *leaf.shape), leaf.dtype),
-        params,
-      )
+    if not rule.info.streams:
+      return {"experts": _no_experts(problem)}
+    start = triple(problem, 0).init
+    return {"rule": _problem.per_seed(problem, start, problem.params)}
 
-    states = regularizers.per_seed(problem, one, problem.params)
-    return {"rule" if rule.info.streams else "experts": states}
+  def stream(
+    problem: _problem.Problem, state: State, step: Step
+  ) -> tuple[PyTree, State]:
+    numbers = jnp.arange(problem.num_seeds)
+
+    def one(i: jax.Array, expert: PyTree, mine: Any) -> Any:
+      method = triple(problem, int(i))
+      found = statistics(problem, expert, step.task)
+      mine = method.update(mine, expert, statistics=found)
+      return method.finalize(mine), mine
+
+    merged, states = _problem.per_seed(
+      problem, one, numbers, step.expert, state["rule"]
+    )
+    return merged, {"rule": states}
 
   def update(
     problem: _problem.Problem, state: State, step: Step
   ) -> tuple[PyTree, State]:
-    merged, states = [], []
-    for i in range(problem.num_seeds):
-      base, expert, mine = (
-        jax.tree.map(lambda leaf, i=i: leaf[i], tree)
-        for tree in (problem.params, step.expert, state)
-      )
-      found = statistics(problem, expert, step.task)
-      if rule.info.streams:
-        method = triple(problem, i)
-        mine = {"rule": method.update(mine["rule"], expert, statistics=found)}
-        merged.append(method.finalize(mine["rule"]))
-      else:
-        held = jax.tree.map(
-          lambda all_of, one: all_of.at[step.task].set(one),
-          mine["experts"],
-          expert,
-        )
-        mine = {"experts": held}
-        models = [
-          jax.tree.map(lambda leaf, t=t: leaf[t], held)
-          for t in range(step.task + 1)
-        ]
-        merged.append(_merge_list(rule, problem, i, base, models))
-      states.append(mine)
-    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-    return stack(*merged), stack(*states)
+    if rule.info.streams:
+      return stream(problem, state, step)
+    held, models = _with_expert(state["experts"], step)
+    state = {"experts": held}
+    if len(models) < rule.info.min_models:
+      return step.expert, state
+    keys = problem.keys_for("merge", name)
+
+    def one(key: jax.Array, base: PyTree, models: list[PyTree]) -> PyTree:
+      return rule(base, models, key=key)
+
+    return _problem.per_seed(problem, one, keys, problem.params, models), state
 
   parts = [f"{key}={value}" for key, value in sorted(options.items())]
   return Merge(f"{name}({', '.join(parts)})" if parts else name, init, update)
@@ -268,10 +289,8 @@ def running_regmean(
     return gram + extra * jnp.eye(size, dtype=gram.dtype)
 
   def collect(problem: _problem.Problem, params: PyTree, task: int) -> Any:
-    rows = problem.stream.tasks[task].train[:samples]
-    images = problem.stream.train["image"][rows]
-    batches = [images[i : i + 1000] for i in range(0, len(rows), 1000)]
-    found = merging.gram_matrices(problem.logits_fn, params, batches)
+    images = [batch["image"] for batch in problem.batches(task, samples)]
+    found = merging.gram_matrices(problem.logits_fn, params, images)
     return jax.tree.map(damped, found)
 
   def init(problem: _problem.Problem) -> State:
@@ -280,12 +299,12 @@ def running_regmean(
       found = merging.gram_matrices(problem.logits_fn, params, [image])
       return jax.tree.map(jnp.zeros_like, found)
 
-    return {"grams": regularizers.per_seed(problem, one, problem.params)}
+    return {"grams": _problem.per_seed(problem, one, problem.params)}
 
   def update(
     problem: _problem.Problem, state: State, step: Step
   ) -> tuple[PyTree, State]:
-    new = regularizers.per_seed(
+    new = _problem.per_seed(
       problem,
       lambda params: collect(problem, params, step.task),
       step.expert,
@@ -293,7 +312,7 @@ def running_regmean(
     total = jax.tree.map(jnp.add, state["grams"], new)
     if step.task == 0:
       return step.expert, {"grams": total}
-    merged = regularizers.per_seed(
+    merged = _problem.per_seed(
       problem,
       lambda current, expert, old, new: merging.regmean(
         [current, expert], grams=[old, new], alpha=alpha
@@ -308,19 +327,6 @@ def running_regmean(
   name = f"running_regmean(alpha={alpha}, damping={damping}"
   name += f", samples={samples})" if samples else ")"
   return Merge(name, init, update)
-
-
-def _merge_list(
-  rule: merging.RegisteredMethod,
-  problem: _problem.Problem,
-  i: int,
-  base: PyTree,
-  models: list[PyTree],
-) -> PyTree:
-  if len(models) < rule.info.min_models:
-    return models[-1]
-  key = problem.keys_for("merge", rule.info.name)[i]
-  return rule(base, models, key=key)
 
 
 def _check_t(t: str | float) -> None:
@@ -362,7 +368,7 @@ def curve(
       expert's share among the tasks so far, or "best" for that of the smallest
       loss on stored examples that the curve is not fitted on.
     hold_out: their share of the buffer, for "best".
-    align: "ot" to align the expert to the current network before.
+    align: as in `running`.
     **options: options of `jaxmerge.curves.fit_curve`: init, num_points,
       t_sampling, concentration, ...
 
@@ -380,8 +386,7 @@ def curve(
   """
   _check_t(t)
   _training.check(training, "curve")
-  if align not in (None, "ot"):
-    raise ValueError(f"Unknown align {align!r}. Choose None or ot.")
+  _check_align(align)
   if not 0 < hold_out < 1:
     raise ValueError(f"hold_out must lie in (0, 1), got {hold_out}.")
 
@@ -390,16 +395,7 @@ def curve(
   ) -> tuple[PyTree, State]:
     if step.task == 0:
       return step.expert, state
-    expert = step.expert
-    if align:
-      expert = regularizers.per_seed(
-        problem,
-        lambda current, expert: alignment.ot_align(
-          current, expert, problem.spec
-        )[0],
-        step.current,
-        expert,
-      )
+    expert = _aligned(problem, step, align, {})
     rows = step.buffer
     held = rows[:, :0]
     if t == "best":
@@ -408,12 +404,7 @@ def curve(
       chosen = np.arange(rows.shape[1]) % every == 0
       held, rows = rows[:, chosen], rows[:, ~chosen]
     place = 1 / (step.task + 1) if t == "1/t" else 0.5 if t == "best" else t
-    batch_size = min(training.batch_size, rows.shape[1])
-    epochs = training.epochs
-    if training.iterations is not None:
-      rows = _training.tile_rows(rows, training.iterations * batch_size, 0)
-      epochs = 1
-    steps = -(-rows.shape[1] // batch_size)
+    run = _training.plan(training, rows)
     merged, info = curves.mode_path_fusion(
       buffer_loss(problem.logits_fn),
       step.current,
@@ -422,10 +413,10 @@ def curve(
       key=problem.keys_for("curve", step.task),
       t=float(place),
       seed_axis=True,
-      optimizer=_training.optimizer(training, epochs, steps),
-      epochs=epochs,
-      batch_size=batch_size,
-      indices=rows,
+      optimizer=run.optimizer,
+      epochs=run.epochs,
+      batch_size=run.batch_size,
+      indices=run.rows,
       transform=problem.transform if training.augment else None,
       grid=2,
       grid_examples=1,
@@ -501,30 +492,16 @@ def simplex(
     raise ValueError(f"concentration must be positive, got {concentration}.")
 
   def init(problem: _problem.Problem) -> State:
-    return {
-      "experts": jax.tree.map(
-        lambda leaf: jnp.zeros((problem.num_tasks, *leaf.shape), leaf.dtype),
-        problem.params,
-      )
-    }
+    return {"experts": _no_experts(problem)}
 
   def update(
     problem: _problem.Problem, state: State, step: Step
   ) -> tuple[PyTree, State]:
-    held = jax.tree.map(
-      lambda all_of, one: all_of.at[step.task].set(one),
-      state["experts"],
-      step.expert,
-    )
+    held, models = _with_expert(state["experts"], step)
     state = {"experts": held}
     if step.task == 0:
       return step.expert, state
-    models = [
-      jax.tree.map(lambda leaf, t=t: leaf[t], held)
-      for t in range(step.task + 1)
-    ]
-    batch_size = min(training.batch_size, step.buffer.shape[1])
-    steps = -(-step.buffer.shape[1] // batch_size)
+    run = _training.plan(training, step.buffer)
     merged, _ = curves.fit_simplex(
       buffer_loss(problem.logits_fn),
       models,
@@ -532,10 +509,10 @@ def simplex(
       key=problem.keys_for("simplex", step.task),
       concentration=concentration,
       seed_axis=True,
-      optimizer=_training.optimizer(training, training.epochs, steps),
-      epochs=training.epochs,
-      batch_size=batch_size,
-      indices=step.buffer,
+      optimizer=run.optimizer,
+      epochs=run.epochs,
+      batch_size=run.batch_size,
+      indices=run.rows,
       grid_examples=1,
       transform=problem.transform if training.augment else None,
     )

@@ -51,14 +51,6 @@ def _quadratic(problem: _problem.Problem, state: Data, weight: float) -> Data:
   }
 
 
-# Cached: equal functions share one compiled Fisher.
-@functools.lru_cache(maxsize=64)
-def _logits_of(
-  logits_fn: _problem.LogitsFn, classes: tuple[int, ...]
-) -> _problem.LogitsFn:
-  return lambda params, images: logits_fn(params, images)[:, jnp.array(classes)]
-
-
 def _positive(**values: float) -> None:
   for name, value in values.items():
     if not value > 0:
@@ -135,25 +127,14 @@ def ewc(
     path: Data | None,
   ) -> State:
     del path
-    rows = problem.stream.tasks[task].train[:samples]
-    images, targets = (
-      problem.stream.train[name][rows] for name in ("image", "label")
-    )
-    batches = [
-      (images[i : i + 1000], targets[i : i + 1000])
-      for i in range(0, len(rows), 1000)
+    logits_fn, places = _problem.own_logits(problem, task)
+    batches: list[Any] = [
+      (batch["image"], places[batch["label"]])
+      for batch in problem.batches(task, samples)
     ]
-    logits_fn = problem.logits_fn
-    if problem.stream.scenario == "task-incremental":
-      # The network is trained and evaluated on the task's classes alone.
-      classes = problem.stream.tasks[task].classes
-      logits_fn = _logits_of(logits_fn, tuple(classes))
-      places = np.zeros(problem.stream.num_classes, np.int32)
-      places[list(classes)] = np.arange(len(classes))
-      batches = [(images, places[targets]) for images, targets in batches]
     if labels == "exact":
-      batches = [batch[0] for batch in batches]
-    fisher = per_seed(
+      batches = [images for images, _ in batches]
+    fisher = _problem.per_seed(
       problem,
       lambda params: merging.diagonal_fisher(
         logits_fn, params, batches, labels=labels
@@ -310,14 +291,3 @@ def lwf(
   return Regularizer(
     name, lambda problem: {}, terms, lambda problem, state, *args: state
   )
-
-
-def per_seed(
-  problem: _problem.Problem, make: Callable[..., PyTree], *trees: PyTree
-) -> PyTree:
-  """Calls a function once a seed and stacks what it returns."""
-  made = [
-    make(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in trees))
-    for i in range(problem.num_seeds)
-  ]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)

@@ -347,7 +347,7 @@ _NAMED: dict[str, Callable[..., Strategy]] = {
 
 
 def names() -> tuple[str, ...]:
-  """Names that `get` takes: strategies, and rules as "merge:<rule>".
+  """Names of strategies, and "merge:<rule>" of the rules that need no option.
 
   >>> "mpf" in names(), "merge:ties" in names()
   (True, True)
@@ -357,6 +357,7 @@ def names() -> tuple[str, ...]:
     for rule in merging.names()
     if merging.info(rule).max_models is None
     and not merging.info(rule).needs_weights
+    and inspect.Parameter.empty not in merging.info(rule).options.values()
   ]
   return tuple(sorted([*_NAMED, *rules]))
 
@@ -365,7 +366,7 @@ def get(name: str, **options: Any) -> Strategy:
   """A strategy by its name.
 
   Args:
-    name: one of `names`.
+    name: one of `names`, or "merge:" and any rule that `merges.by_rule` takes.
     **options: its options.
 
   Returns:
@@ -377,14 +378,14 @@ def get(name: str, **options: Any) -> Strategy:
   >>> get("mpf", t="1/t").needs_replay
   True
   """
-  if name not in names():
+  if name.startswith("merge:"):
+    return merge(name.removeprefix("merge:"), **options)
+  if name not in _NAMED:
     close = difflib.get_close_matches(name, names(), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     raise ValueError(
       f"Unknown strategy {name!r}{hint} choose from {', '.join(names())}."
     )
-  if name.startswith("merge:"):
-    return merge(name.removeprefix("merge:"), **options)
   make = _NAMED[name]
   known = inspect.signature(make).parameters
   takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())

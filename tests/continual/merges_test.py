@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from scipy import special
 
 from jaxmerge import merging
-from jaxmerge.continual import merges, strategies
+from jaxmerge.continual import merges, strategies, streams
 from tests.continual import _problems
 from tests.continual._problems import BRIEF
 
@@ -88,6 +88,38 @@ class MergeTest(parameterized.TestCase):
         rtol=1e-4,
         atol=1e-6,
       )
+
+  def test_heads_of_other_tasks_carry_no_information(self):
+    stream = streams.task_incremental(
+      _problems.source(20, 0), _problems.source(10, 1), num_tasks=3
+    )
+    problem = _problems.problem(capacity=0, stream=stream)
+    strategy = strategies.get("merge:fisher_average", training=BRIEF)
+    state = _problems.observe(strategy, problem)
+    experts = self._experts(problem, strategy)
+    # A head without a hidden layer: only its own task's network weighs.
+    for task, expert in enumerate(experts):
+      own = slice(2 * task, 2 * task + 2)
+      np.testing.assert_allclose(
+        state.current["out"]["kernel"][..., own],
+        expert["out"]["kernel"][..., own],
+        rtol=1e-3,
+        atol=1e-4,
+      )
+
+  def test_simplex_takes_iterations(self):
+    problem = _problems.problem(hidden=True)
+    iterations = BRIEF._replace(iterations=3)
+    merge = merges.simplex(iterations)
+    state = merge.init(problem)
+    rows = problem.rows_of([0])
+    step = merges.Step(problem.params, problem.params, 0, rows)
+    _, state = merge.update(problem, state, step)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, problem.params)
+    merged, _ = merge.update(
+      problem, state, step._replace(expert=moved, task=1)
+    )
+    chex.assert_tree_all_finite(merged)
 
   def test_running_regmean_keeps_what_each_does_on_its_inputs(self):
     problem = _problems.problem(capacity=0)

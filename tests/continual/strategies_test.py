@@ -25,13 +25,12 @@ from jaxmerge.continual import (
 from tests.continual import _problems
 from tests.continual._problems import BRIEF, STEPS, Training
 
-# Tests of merges run these, but for passthrough, which needs the option slices.
+# Tests of merges run these.
 _NOT = (
   "merge:average",
   "merge:fisher_average",
   "merge:magmax",
   "merge:model_stock",
-  "merge:passthrough",
   "merge:random_mix",
   "merge:regmean",
   "merge:ties",
