@@ -13,7 +13,7 @@ import scipy.ndimage
 from absl.testing import absltest, parameterized
 
 from jaxmerge import data
-from jaxmerge.continual import streams
+from jaxmerge.continual import _stream_domains, streams
 
 
 class _Set(NamedTuple):
@@ -444,7 +444,7 @@ class DomainsTest(parameterized.TestCase):
     np.testing.assert_array_equal(middle, 255)
 
   def test_rotates_more_images_than_fit_in_a_chunk(self):
-    train = _set(size=streams._CHUNK + 5, shape=(3, 3, 1))
+    train = _set(size=_stream_domains._CHUNK + 5, shape=(3, 3, 1))
     stream = streams.rotated(train, _set(shape=(3, 3, 1)), angles=[90])
     np.testing.assert_array_equal(
       stream.train["image"], np.rot90(train.images, 1, axes=(1, 2))
