@@ -31,6 +31,7 @@ from experiments import (
   _continual_report,
   _continual_study,
   _hardware,
+  _programs,
   _publish,
   _workdir,
   mpf,
@@ -164,6 +165,7 @@ def run(
             bar,
           )
           _workdir.write_json(file, row)
+          _programs.bound()
         else:
           bar.update(problem.num_tasks)
         shutil.rmtree(folder / "states" / one.name, ignore_errors=True)

@@ -6,9 +6,7 @@ sees the defaults there.
 
 from __future__ import annotations
 
-import gc
 import os
-import pathlib
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +14,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from experiments import _programs
+
 NUM_DEVICES = 4
-# Linux ends a process with more than 65,530 mappings; every compiled program
-# holds several, and JAX keeps the programs.
-MAX_MAPPINGS = 25_000
-_MAPPINGS = pathlib.Path("/proc/self/maps")
 
 # Before the first use of JAX, which fixes the number of devices.
 if "xla_force_host_platform_device_count" not in os.environ.get(
@@ -60,10 +56,4 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def _bounded_programs() -> Iterator[None]:
   """Forgets what was compiled before it is too much for one process."""
   yield
-  if not _MAPPINGS.exists():
-    return
-  with _MAPPINGS.open("rb") as lines:
-    mappings = sum(1 for _ in lines)
-  if mappings > MAX_MAPPINGS:
-    jax.clear_caches()
-    gc.collect()
+  _programs.bound()
