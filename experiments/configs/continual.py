@@ -165,7 +165,7 @@ def _vandeven(config: ml_collections.ConfigDict) -> dict[str, Any]:
     "joint": _row("joint", training={**adam, "iterations": 10_000}),
     "naive": _row("naive", **mine),
     "er": _row("er", batch_size=128, weight=None, **mine),
-    "lwf": _row("lwf", **mine),
+    "lwf": _row("lwf", over="seen", **mine),
     "ewc": _row("ewc", weight=1e2, samples=200, head="seen", **mine),
     "si": _row("si", weight=1.0, head="seen", **mine),
   }

@@ -68,6 +68,7 @@ def distillation(
   targets: jax.Array,
   mask: jax.Array,
   temperature: jax.typing.ArrayLike,
+  over: jax.Array | None = None,
 ) -> jax.Array:
   """Cross-entropy to a teacher's softened probabilities (Hinton et al., 2015).
 
@@ -76,9 +77,12 @@ def distillation(
   Args:
     logits: float `[b, classes]`.
     targets: the teacher's logits, of the same shape.
-    mask: bool `[b, classes]`, the classes that count; examples without any have
-      the loss 0.
+    mask: bool `[b, classes]`, the classes that the teacher knows; examples
+      without any have the loss 0.
     temperature: T, positive.
+    over: bool `[b, classes]`, the classes that the probabilities of `logits`
+      are over, those of `mask` among them; None for the same. The teacher gives
+      the others the probability 0.
 
   Returns:
     float `[b]`.
@@ -91,7 +95,8 @@ def distillation(
   low = jnp.asarray(-1e9, logits.dtype)
   heat = jnp.asarray(temperature, logits.dtype)
   probs = jax.nn.softmax(jnp.where(mask, targets, low) / heat)
-  log_probs = jax.nn.log_softmax(jnp.where(mask, logits, low) / heat)
+  own = mask if over is None else over
+  log_probs = jax.nn.log_softmax(jnp.where(own, logits, low) / heat)
   losses = jnp.where(mask, -probs * log_probs, 0.0).sum(axis=-1)
   return heat**2 * losses
 
@@ -196,8 +201,9 @@ def _own(
     data = frozen["distill"]
     targets = _taught(logits_fn, data["teacher"], batch["image"])
     masks = data["masks"][batch["task"]]
+    over = data["over"][batch["task"]] if "over" in data else None
     losses += data["weight"] * distillation(
-      logits, targets, masks, data["temperature"]
+      logits, targets, masks, data["temperature"], over
     )
   hits = jnp.where(mask, logits, -jnp.inf).argmax(axis=-1)
   return losses, hits.astype(jnp.int32) == batch["label"], logits

@@ -234,19 +234,22 @@ def si(weight: float, *, damping: float = 0.1) -> Regularizer:
 
 
 def lwf(
-  weight: float | None = None, *, temperature: float = 2.0
+  weight: float | None = None, *, temperature: float = 2.0, over: str = "old"
 ) -> Regularizer:
   """Learning without forgetting: distillation on the new task's examples.
 
       loss = a_t * cross-entropy + b_t * distillation(logits, old logits)
 
-  over the classes of the earlier tasks, the teacher being the network that the
-  task starts from.
+  of the classes of the earlier tasks, the teacher being the network that the
+  task starts from. The distillation has the factor T^2.
 
   Args:
     weight: b_t, with a_t = 1; None for a_t = 1/t and b_t = 1 - 1/t at the t-th
       task, as van de Ven and Tolias have it.
     temperature: T of the distillation, positive.
+    over: classes that the student's probabilities are over: "old" for those of
+      the earlier tasks, which leaves the new logits free; "seen" for the task's
+      own, too, to which the teacher gives 0, as van de Ven and Tolias have it.
 
   Returns:
     The regulariser.
@@ -256,7 +259,8 @@ def lwf(
 
   References:
     Li and Hoiem, `Learning without forgetting
-    <https://arxiv.org/abs/1606.09282>`_, 2016
+    <https://arxiv.org/abs/1606.09282>`_, 2016. van de Ven and Tolias, `Three
+    scenarios for continual learning <https://arxiv.org/abs/1904.07734>`_, 2019
 
   >>> lwf().name
   'lwf(weight=None, temperature=2.0)'
@@ -264,6 +268,8 @@ def lwf(
   _positive(temperature=temperature)
   if weight is not None:
     _positive(weight=weight)
+  if over not in ("old", "seen"):
+    raise ValueError(f"Unknown over {over!r}. Choose old or seen.")
 
   def terms(
     problem: _problem.Problem, state: State, start: PyTree, task: int
@@ -283,11 +289,15 @@ def lwf(
         "weight": fill(np.float32(share if weight is None else weight)),
       }
     }
+    if over == "seen":
+      seen = _problem.head_masks(problem, "seen", task)
+      found["distill"]["over"] = fill(seen)
     if weight is None:
       found["labels"] = {"weight": fill(np.float32(1 - share))}
     return found
 
-  name = f"lwf(weight={weight}, temperature={temperature})"
+  name = f"lwf(weight={weight}, temperature={temperature}"
+  name += ", over=seen)" if over == "seen" else ")"
   return Regularizer(
     name, lambda problem: {}, terms, lambda problem, state, *args: state
   )

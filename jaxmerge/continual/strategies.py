@@ -248,10 +248,11 @@ def lwf(
   *,
   weight: float | None = None,
   temperature: float = 2.0,
+  over: str = "old",
   head: str = "seen",
 ) -> Strategy:
   """Learning without forgetting; see `regularizers.lwf`."""
-  regularizer = regularizers.lwf(weight, temperature=temperature)
+  regularizer = regularizers.lwf(weight, temperature=temperature, over=over)
   learner = Learner(training, head=head, regularizer=regularizer)
   return _strategy.compose("lwf", learner)
 

@@ -142,12 +142,16 @@ class RegularizerTest(parameterized.TestCase):
       change = found[1]["out"]["kernel"] - plain[1]["out"]["kernel"]
       self.assertGreater(float(jnp.abs(change).max()), 1e-3)
 
-  @parameterized.parameters((None, 1 / 2, 1 / 2), (3.0, 1.0, 3.0))
-  def test_lwf_steps(self, weight, own_share, old_share):
+  @parameterized.parameters(
+    (None, 1 / 2, 1 / 2, "old", 2),
+    (3.0, 1.0, 3.0, "old", 2),
+    (None, 1 / 2, 1 / 2, "seen", 4),
+  )
+  def test_lwf_steps(self, weight, own_share, old_share, over, classes):
     problem = _problems.problem(capacity=0)
     heat = 2.0
     strategy = strategies.get(
-      "lwf", training=STEPS, weight=weight, temperature=heat
+      "lwf", training=STEPS, weight=weight, temperature=heat, over=over
     )
     first = _problems.observe(strategy, problem, 1)
     second = strategy.observe(problem, first, 1)
@@ -156,11 +160,14 @@ class RegularizerTest(parameterized.TestCase):
     for i in range(2):
       kernel = np.asarray(first.current["out"]["kernel"][i], np.float64)
       # The old task's classes are 0 and 1, softened.
-      old = special.softmax(_problems.logits(kernel, images)[:, :2] / heat, 1)
+      old = np.zeros((len(x), classes))
+      old[:, :2] = special.softmax(
+        _problems.logits(kernel, images)[:, :2] / heat, 1
+      )
       for _ in range(3):
-        now = _problems.logits(kernel, images)[:, :2] / heat
+        now = _problems.logits(kernel, images)[:, :classes] / heat
         errors = np.zeros((len(x), 6))
-        errors[:, :2] = heat * (special.softmax(now, 1) - old)
+        errors[:, :classes] = heat * (special.softmax(now, 1) - old)
         gradient = own_share * _problems.gradient(
           kernel, images, labels, np.arange(6) < 4
         )
@@ -194,6 +201,7 @@ class RegularizerTest(parameterized.TestCase):
     (lambda: regularizers.ewc(1.0, samples=0), "samples must be at least 1"),
     (lambda: regularizers.si(1.0, damping=0.0), "damping must be positive"),
     (lambda: regularizers.lwf(temperature=0.0), "temperature must be"),
+    (lambda: regularizers.lwf(over="all"), "Unknown over 'all'"),
   )
   def test_bad_options(self, make, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -208,6 +208,10 @@ class ConfigTest(parameterized.TestCase):
         made = _continual_study.strategy(label, row.to_dict(), size)
         self.assertTrue(made.name)
 
+  def test_rows_keep_their_order(self):
+    rows = list(configs.get_config("digits").rows)
+    self.assertEqual(rows[:3], ["joint", "naive", "avg"])
+
   def test_by_size_changes_what_it_names(self):
     row = {
       "strategy": "avg",
