@@ -4,9 +4,17 @@
 * `CNN`, `VGG`, `ResNet`: convolutional networks with batch, group, layer or
   no normalisation; `BatchNorm` is their batch normalisation.
 * `ViT`: a vision transformer.
+* `Bert`: a BERT-type encoder, `bert_from_config` that of a config.json;
+  `mean_embedding` makes one vector a text of its hidden states.
 * `get`, `names`: the registry of named networks.
 """
 
+from jaxmerge.models._bert import (
+  Bert,
+  BertOutput,
+  bert_from_config,
+  mean_embedding,
+)
 from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
 from jaxmerge.models._norms import BatchNorm
@@ -20,8 +28,12 @@ __all__ = [
   "MLP",
   "VGG",
   "BatchNorm",
+  "Bert",
+  "BertOutput",
   "ResNet",
   "ViT",
+  "bert_from_config",
   "get",
+  "mean_embedding",
   "names",
 ]
