@@ -234,9 +234,8 @@ def load(
   leaves = {}
   for name, path in wanted.items():
     leaf = _to_leaf(path, arrays.pop(prefix + name))
-    leaves[path] = np.ascontiguousarray(
-      leaf if dtype is None else leaf.astype(dtype)
-    )
+    # Not ascontiguousarray, which gives a scalar an axis.
+    leaves[path] = np.asarray(leaf, dtype, order="C")
   return jax.tree.unflatten(
     jax.tree.structure(like), [leaves[path] for path in named]
   )

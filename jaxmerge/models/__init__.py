@@ -6,6 +6,7 @@
 * `ViT`: a vision transformer.
 * `Bert`: a BERT-type encoder, `bert_from_config` that of a config.json;
   `mean_embedding` makes one vector a text of its hidden states.
+* `Clip`, whose encoders have `ClipSizes`; `clip_from_config`.
 * `get`, `names`: the registry of named networks.
 """
 
@@ -15,6 +16,7 @@ from jaxmerge.models._bert import (
   bert_from_config,
   mean_embedding,
 )
+from jaxmerge.models._clip import Clip, ClipSizes, clip_from_config
 from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
 from jaxmerge.models._norms import BatchNorm
@@ -30,9 +32,12 @@ __all__ = [
   "BatchNorm",
   "Bert",
   "BertOutput",
+  "Clip",
+  "ClipSizes",
   "ResNet",
   "ViT",
   "bert_from_config",
+  "clip_from_config",
   "get",
   "mean_embedding",
   "names",

@@ -314,6 +314,4 @@ def mean_embedding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
   """
   weights = mask.astype(jnp.float32)[:, :, None]
   total = (hidden.astype(jnp.float32) * weights).sum(axis=1)
-  mean = total / weights.sum(axis=1)
-  squares = (mean**2).sum(axis=-1, keepdims=True)
-  return mean * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+  return _transformer.unit(total / weights.sum(axis=1))

@@ -100,6 +100,23 @@ def layer_norm(x: jax.Array, epsilon: float, name: str) -> jax.Array:
   return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
+def unit(vectors: jax.Array) -> jax.Array:
+  """Scales vectors to the length 1.
+
+  Args:
+    vectors: ``[..., dim]``.
+
+  Returns:
+    float32 ``[..., dim]``.
+
+  >>> print(unit(jnp.array([3.0, 4.0])))
+  [0.6 0.8]
+  """
+  vectors = vectors.astype(jnp.float32)
+  squares = (vectors**2).sum(axis=-1, keepdims=True)
+  return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
 def check_sizes(network: str, heads: int, dim: int, **sizes: int) -> None:
   """Raises ValueError where a size is not positive, or heads do not divide."""
   for name, size in (("heads", heads), ("dim", dim), *sizes.items()):

@@ -69,6 +69,7 @@ class HuggingFaceTest(parameterized.TestCase):
     hugging_face.save(self.folder, params, max_shard_bytes=max_shard_bytes)
     found = hugging_face.load(self.folder, params)
     chex.assert_trees_all_equal(found, params)
+    chex.assert_trees_all_equal_shapes(found, params)
     whole = max_shard_bytes > 1000
     self.assertEqual(self.file.exists(), whole)
     self.assertEqual((self.folder / _safetensors.INDEX).exists(), not whole)
