@@ -31,7 +31,7 @@ def make_loss(
 
   def loss_fn(params: Any, batch: Any, key: Any) -> jax.Array:
     del key
-    images = batch["image"].astype(jnp.float32)
+    images = batch["input"].astype(jnp.float32)
     images = (images / 255 - mean) / std
     logits = module.apply({"params": params}, images)
     return optax.softmax_cross_entropy_with_integer_labels(
@@ -72,7 +72,7 @@ def run_epochs(
       make_loss(network, mean, std),
       as_params(ends[0]),
       as_params(ends[1]),
-      {"image": images, "label": labels.astype(np.int32)},
+      {"input": images, "label": labels.astype(np.int32)},
       key=jax.random.key(0),
       learning_rate=learning_rate,
       final_learning_rate=learning_rate,

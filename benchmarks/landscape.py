@@ -84,7 +84,7 @@ def _metric() -> Callable[[Any, Any], dict[str, jax.Array]]:
   net = models.get(NETWORK)
 
   def metric(params: Any, batch: Any) -> dict[str, jax.Array]:
-    logits = jnp.asarray(net.apply({"params": params}, batch["image"]))
+    logits = jnp.asarray(net.apply({"params": params}, batch["input"]))
     hits = logits.argmax(axis=-1) == batch["label"]
     return {
       "loss": optax.softmax_cross_entropy_with_integer_labels(
@@ -108,7 +108,7 @@ class Problem:
   ):
     self._images, self._labels = images, labels
     self._kernels = draw_points()
-    self._data = training.replicate({"image": images, "label": labels}, 1)
+    self._data = training.replicate({"input": images, "label": labels}, 1)
     start, bend, end = map(_jaxmerge_epoch.as_params, self._kernels)
     self._grid = grid
     self._curve = curves.BezierCurve.through(start, bend, end)

@@ -60,7 +60,7 @@ def augmentation(
 
   def transform(key: jax.Array, example: PyTree) -> PyTree:
     crop_key, flip_key = jax.random.split(key)
-    image = example["image"]
+    image = example["input"]
     if padding:
       offset = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
       margin = ((padding, padding), (padding, padding), (0, 0))
@@ -69,7 +69,7 @@ def augmentation(
       )
     if flip:
       image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    return {**example, "image": image}
+    return {**example, "input": image}
 
   return transform
 

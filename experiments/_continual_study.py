@@ -62,7 +62,7 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   return whole
 
 
-def _settings(name: str, given: Any) -> continual.Training:
+def settings(name: str, given: Any) -> continual.Training:
   try:
     return continual.Training(**given)
   except TypeError as error:
@@ -73,7 +73,7 @@ def _settings(name: str, given: Any) -> continual.Training:
 
 
 def _finetune(label: str, given: dict[str, Any]) -> continual.Finetune:
-  settings = _settings(f"{label}.finetune", given.get("training", {}))
+  settings = settings(f"{label}.finetune", given.get("training", {}))
   try:
     return continual.Finetune(**{**given, "training": settings})
   except TypeError as error:
@@ -107,7 +107,7 @@ def strategy(
   name = options.pop("strategy")
   for field in ("training", "curve"):
     if field in options:
-      options[field] = _settings(f"{label}.{field}", options[field])
+      options[field] = settings(f"{label}.{field}", options[field])
   if options.get("finetune"):
     options["finetune"] = _finetune(label, options["finetune"])
   try:

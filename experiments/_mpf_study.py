@@ -214,10 +214,10 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
     return jnp.asarray(model.apply({"params": params}, normalize(images)))
 
   def metric_fn(params: PyTree, batch: PyTree) -> PyTree:
-    return _classify.metrics(logits(params, batch["image"]), batch["label"])
+    return _classify.metrics(logits(params, batch["input"]), batch["label"])
 
   def ensemble_fn(pair: PyTree, batch: PyTree) -> PyTree:
-    first, second = (logits(params, batch["image"]) for params in pair)
+    first, second = (logits(params, batch["input"]) for params in pair)
     return _classify.metrics((first + second) / 2, batch["label"])
 
   def loss_fn(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
@@ -231,9 +231,9 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
 
   return Study(
     config=config,
-    train=training.replicate({"image": images, "label": labels}, devices),
+    train=training.replicate({"input": images, "label": labels}, devices),
     test=training.replicate(
-      {"image": test_images, "label": test_labels}, devices
+      {"input": test_images, "label": test_labels}, devices
     ),
     parts=parts,
     sizes=sizes,

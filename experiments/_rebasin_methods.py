@@ -47,7 +47,7 @@ def _by_group(
   """Activations of the matching images, for each group of neurons."""
   first, second = (
     alignment.group_activations(
-      study.spec, params, study.collect(params, study.matching["image"])
+      study.spec, params, study.collect(params, study.matching["input"])
     )
     for params in (reference, model)
   )

@@ -128,7 +128,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   has_stats = "batch_stats" in shapes
 
   def metric_fn(variables: PyTree, batch: PyTree) -> PyTree:
-    logits = model.apply(variables, normalize(batch["image"]))
+    logits = model.apply(variables, normalize(batch["input"]))
     return _classify.metrics(jnp.asarray(logits), batch["label"])
 
   def update(variables: PyTree, images: jax.Array) -> Any:
@@ -146,7 +146,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   ) -> Any:
     del key
     variables = {"params": params, "batch_stats": stats}
-    logits, new = update(variables, batch["image"])
+    logits, new = update(variables, batch["input"])
     values = _classify.metrics(jnp.asarray(logits), batch["label"])
     return values["loss"], {"accuracy": values["accuracy"]}, new["batch_stats"]
 
@@ -173,17 +173,17 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
 
   return Study(
     config=config,
-    train=training.replicate({"image": images, "label": labels}, devices),
+    train=training.replicate({"input": images, "label": labels}, devices),
     test=training.replicate(
       {
-        "image": np.asarray(test.images),
+        "input": np.asarray(test.images),
         "label": np.asarray(test.labels),
       },
       devices,
     ),
     profiled=np.sort(order[: config.profile_examples]),
     matching={
-      "image": jnp.asarray(images[order[: config.matching_examples]]),
+      "input": jnp.asarray(images[order[: config.matching_examples]]),
       "label": jnp.asarray(labels[order[: config.matching_examples]]),
     },
     repairing=repairing,

@@ -291,7 +291,7 @@ def run(
 
 def _examples(study: _mpf_study.Study, count: int) -> np.ndarray:
   """Images of the training set, drawn by the first seed."""
-  images = np.asarray(study.train.value["image"][0])
+  images = np.asarray(study.train.value["input"][0])
   if count > len(images):
     raise ValueError(
       f"examples is {count}, but there are {len(images)} training images."

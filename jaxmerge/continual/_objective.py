@@ -148,7 +148,7 @@ def _stored(
     keys = jax.random.split(
       jax.random.fold_in(context.key, 20 + which), terms.replay_batch
     )
-    seen = {name: batch[name] for name in ("image", "label", "task")}
+    seen = {name: batch[name] for name in ("input", "label", "task")}
     batch = {**batch, **jax.vmap(terms.transform)(keys, seen)}
   return batch, real
 
@@ -164,14 +164,14 @@ def _replayed(
   if "replay" in terms.names:
     data = context.frozen["replay"]
     batch, real = _stored(terms, context.frozen, context, 0)
-    logits = logits_fn(params, batch["image"])
+    logits = logits_fn(params, batch["input"])
     losses = cross_entropy(logits, batch["label"], data["masks"][batch["task"]])
     losses = jnp.where(real > 0, losses, 0.0)
     total += data["weight"] * losses.mean()
   if "soft_replay" in terms.names:
     data = context.frozen["soft_replay"]
     batch, real = _stored(terms, context.frozen, context, 1)
-    logits = logits_fn(params, batch["image"])
+    logits = logits_fn(params, batch["input"])
     squares = ((logits - batch["logits"]) ** 2).mean(axis=-1)
     total += data["weight"] * (real * squares).mean()
   return total
@@ -192,14 +192,14 @@ def _own(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Losses of the batch's examples, hits, and the logits."""
   frozen, batch = context.frozen, context.batch
-  logits = logits_fn(params, batch["image"])
+  logits = logits_fn(params, batch["input"])
   mask = frozen["labels"]["masks"][batch["task"]]
   losses = frozen["labels"]["weight"] * cross_entropy(
     logits, batch["label"], mask
   )
   if "distill" in terms.names:
     data = frozen["distill"]
-    targets = _taught(logits_fn, data["teacher"], batch["image"])
+    targets = _taught(logits_fn, data["teacher"], batch["input"])
     masks = data["masks"][batch["task"]]
     over = data["over"][batch["task"]] if "over" in data else None
     losses += data["weight"] * distillation(
@@ -320,7 +320,7 @@ def _projected(
   def stored(params: PyTree) -> jax.Array:
     batch, real = _stored(terms, context.frozen, context, 0)
     mask = context.frozen["replay"]["masks"][batch["task"]]
-    logits = logits_fn(params, batch["image"])
+    logits = logits_fn(params, batch["input"])
     losses = cross_entropy(logits, batch["label"], mask)
     return jnp.where(real > 0, losses, 0.0).mean()
 

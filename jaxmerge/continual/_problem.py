@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -213,30 +213,59 @@ def head_masks(problem: Problem, head: str, task: int) -> np.ndarray:
   return masks
 
 
-# Cached: equal functions share one compiled program.
+class OwnLogits(NamedTuple):
+  """The logits that a task's network is trained on.
+
+  Attributes:
+    logits_fn: `logits_fn(params, prepare(inputs)) -> [b, classes]`.
+    prepare: `prepare(inputs)`, what it takes.
+    places: int32, the place of each class among the logits.
+  """
+
+  logits_fn: LogitsFn
+  prepare: Callable[[Any], Any]
+  places: np.ndarray
+
+
+# Cached: equal functions share one compiled program. The classes are an
+# argument, so that all tasks of as many classes share it, too.
 @functools.lru_cache(maxsize=64)
-def _logits_of(logits_fn: LogitsFn, classes: tuple[int, ...]) -> LogitsFn:
-  return lambda params, images: logits_fn(params, images)[:, jnp.array(classes)]
+def _picked(logits_fn: LogitsFn) -> LogitsFn:
+  def picked(params: PyTree, given: Any) -> jax.Array:
+    logits = logits_fn(params, given["input"])
+    return jnp.take_along_axis(logits, given["classes"], axis=1)
+
+  return picked
 
 
-def own_logits(problem: Problem, task: int) -> tuple[LogitsFn, np.ndarray]:
-  """The logits that a task's network is trained on, and where a label is.
+def own_logits(problem: Problem, task: int, head: str = "all") -> OwnLogits:
+  """The logits that a task's network is trained on.
 
   Args:
     problem: the problem.
     task: number of the task.
+    head: as in `head_masks`; in a task-incremental stream always "task".
 
   Returns:
-    `logits_fn(params, inputs)`, in a task-incremental stream of the task's own
-    classes alone; int32 `[classes]`, the place of each class among its logits.
+    The logits of these classes alone.
   """
   count = problem.stream.num_classes
-  if problem.stream.scenario != "task-incremental":
-    return problem.logits_fn, np.arange(count, dtype=np.int32)
-  classes = tuple(problem.stream.tasks[task].classes)
+  if problem.stream.scenario == "task-incremental":
+    head = "task"
+  if head == "all":
+    every = np.arange(count, dtype=np.int32)
+    return OwnLogits(problem.logits_fn, lambda inputs: inputs, every)
+  classes = np.flatnonzero(head_masks(problem, head, task)[task])
+  classes = classes.astype(np.int32)
   places = np.zeros(count, np.int32)
-  places[list(classes)] = np.arange(len(classes))
-  return _logits_of(problem.logits_fn, classes), places
+  places[classes] = np.arange(len(classes))
+
+  def prepare(inputs: Any) -> Any:
+    size = len(jax.tree.leaves(inputs)[0])
+    picks = np.broadcast_to(classes, (size, len(classes)))
+    return {"input": inputs, "classes": picks}
+
+  return OwnLogits(_picked(problem.logits_fn), prepare, places)
 
 
 def per_seed(
@@ -261,7 +290,7 @@ def _accuracy_fn(
   logits_fn: LogitsFn, num_tasks: int
 ) -> Callable[[PyTree, PyTree], jax.Array]:
   def metric(given: PyTree, batch: PyTree) -> jax.Array:
-    logits = logits_fn(given["params"], batch["image"])
+    logits = logits_fn(given["params"], batch["input"])
     logits = jnp.where(given["masks"][batch["task"]], logits, -jnp.inf)
     hits = logits.argmax(axis=-1).astype(jnp.int32) == batch["label"]
     # Examples that belong to all tasks have the task -1.

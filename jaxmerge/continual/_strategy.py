@@ -146,7 +146,7 @@ def _store(
   examples = problem.examples(rows)
   features = None
   if state.rank is not None:
-    features = _features(problem.logits_fn)(params, examples["image"])
+    features = _features(problem.logits_fn)(params, examples["input"])
   return _add(replay)(
     state,
     rows,

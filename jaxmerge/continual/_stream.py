@@ -93,8 +93,8 @@ class Source(Protocol):
   """What a stream is made of; `jaxmerge.data.Dataset` is one."""
 
   @property
-  def images(self) -> np.ndarray:
-    """Images [n, height, width, channels]."""
+  def inputs(self) -> np.ndarray:
+    """Inputs of a network [n, ...]: images, or the tokens of texts."""
 
   @property
   def labels(self) -> np.ndarray:
@@ -132,9 +132,8 @@ class Stream(NamedTuple):
   Attributes:
     scenario: "class-incremental", "task-incremental", "domain-incremental" or
       "data-incremental".
-    train: "image" [N, height, width, channels], "label" int32 [N], and "task"
-      int32 [N], the task that the example belongs to, validation included; -1
-      if to none.
+    train: "input" [N, ...], "label" int32 [N], and "task" int32 [N], the task
+      that the example belongs to, validation included; -1 if to none.
     test: the same of the test examples; "task" is -1 also for examples that
       belong to all tasks.
     tasks: the tasks in order.
@@ -165,7 +164,7 @@ class Kind(NamedTuple):
   num_classes: int
 
   def __str__(self) -> str:
-    return f"{self.dtype} images {self.shape} of {self.num_classes} classes"
+    return f"{self.dtype} inputs {self.shape} of {self.num_classes} classes"
 
 
 def check_pair(train: Source, test: Source, name: str = "") -> Kind:
@@ -182,20 +181,15 @@ def check_pair(train: Source, test: Source, name: str = "") -> Kind:
 
 
 def _check_source(source: Source, name: str) -> Kind:
-  images, labels = source.images, np.asarray(source.labels)
-  if images.ndim != 4:
-    raise StreamError(
-      f"{name}: images must be [n, height, width, channels], got shape"
-      f" {images.shape}: add the axes of length 1."
-    )
+  inputs, labels = source.inputs, np.asarray(source.labels)
   if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
     raise StreamError(
-      f"{name}: labels must be a vector of integers, one class for each image:"
+      f"{name}: labels must be a vector of integers, one class for each input:"
       f" got {labels.dtype} of shape {labels.shape}."
     )
-  if len(images) != len(labels):
+  if len(inputs) != len(labels):
     raise StreamError(
-      f"{name} has {len(images)} images but {len(labels)} labels: give one for"
+      f"{name} has {len(inputs)} inputs but {len(labels)} labels: give one for"
       " each."
     )
   if not len(labels):
@@ -206,7 +200,17 @@ def _check_source(source: Source, name: str) -> Kind:
       f" {source.num_classes} allows 0..{source.num_classes - 1}: mend one of"
       " them."
     )
-  return Kind(images.shape[1:], images.dtype, int(source.num_classes))
+  return Kind(inputs.shape[1:], inputs.dtype, int(source.num_classes))
+
+
+def check_images(kind: Kind) -> Kind:
+  """Checks that inputs are images, and returns what they are."""
+  if len(kind.shape) != 3:
+    raise StreamError(
+      "images must be [n, height, width, channels], got inputs of shape"
+      f" {('n', *kind.shape)}: add the axes of length 1."
+    )
+  return kind
 
 
 def hold_out(

@@ -25,11 +25,12 @@ def class_incremental(
 
   The classes are cut into groups: into `num_tasks` of equal size along `order`,
   or into the `groups` given. Classes that no group names stay in the pool, and
-  belong to no task. Images are not copied: the pools are the source arrays.
+  belong to no task. Inputs are not copied: the pools are the source arrays.
 
   Args:
     train: the training set: a `jaxmerge.data.Dataset`, or another `Source`.
-    test: the test set, of the same image shape, dtype and number of classes.
+    test: the test set, with inputs of the same shape and dtype, and as many
+      classes.
     num_tasks: how many groups; it must divide the number of classes.
     groups: the classes of each task, instead of `num_tasks`.
     order: all classes in the order of the stream; None for 0..num_classes-1.
@@ -137,11 +138,12 @@ def data_incremental(
   """Each task brings more samples of all classes.
 
   The training set is cut at random into parts whose sizes differ by one sample
-  at most. Images are not copied: the pools are the source arrays.
+  at most. Inputs are not copied: the pools are the source arrays.
 
   Args:
     train: the training set.
-    test: the test set, of the same image shape, dtype and number of classes.
+    test: the test set, with inputs of the same shape and dtype, and as many
+      classes.
     num_tasks: how many parts.
     seed: a non-negative integer that draws the parts and the validation
       samples.
@@ -190,9 +192,9 @@ def data_incremental(
     )
   return Stream(
     "data-incremental",
-    {"image": train.images, "label": labels, "task": task_of},
+    {"input": train.inputs, "label": labels, "task": task_of},
     {
-      "image": test.images,
+      "input": test.inputs,
       "label": test_labels,
       "task": np.full(len(test_labels), -1, np.int32),
     },
@@ -339,8 +341,8 @@ def _by_class(
     labels, test_labels = new_label[labels], new_label[test_labels]
   return Stream(
     "class-incremental",
-    {"image": train.images, "label": labels, "task": task_of},
-    {"image": test.images, "label": test_labels, "task": test_task_of},
+    {"input": train.inputs, "label": labels, "task": task_of},
+    {"input": test.inputs, "label": test_labels, "task": test_task_of},
     tuple(tasks),
     first if relabel else int(train.num_classes),
     _stream.one_source(len(labels), len(test_labels)),

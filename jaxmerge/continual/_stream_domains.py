@@ -53,10 +53,10 @@ def permuted(
   >>> from jaxmerge import data
   >>> digits = data.load("digits", "train"), data.load("digits", "test")
   >>> stream = permuted(*digits, num_tasks=3, seed=0)
-  >>> stream.train["image"].shape  # 3 times 1,437 images
+  >>> stream.train["input"].shape  # 3 times 1,437 images
   (4311, 8, 8, 1)
   """
-  pair = _stream.check_pair(train, test)
+  pair = _stream.check_images(_stream.check_pair(train, test))
   _stream.check_seed(seed)
   _stream.check_validation(validation)
   _stream.check_num_tasks(num_tasks)
@@ -112,7 +112,7 @@ def rotated(
   >>> [task.name for task in stream.tasks]
   ['0 degrees', '15 degrees', '30 degrees']
   """
-  pair = _stream.check_pair(train, test)
+  pair = _stream.check_images(_stream.check_pair(train, test))
   _stream.check_seed(seed)
   _stream.check_validation(validation)
   degrees = [float(angle) for angle in angles]
@@ -139,8 +139,8 @@ def domains(
   The pools are copies of all sets, one after the other.
 
   Args:
-    pairs: the training and the test set of each task, all of the same image
-      shape, dtype and number of classes.
+    pairs: the training and the test set of each task, all with inputs of the
+      same shape and dtype, and as many classes.
     validation: the fraction in [0, 1) of the training samples of each class
       that is held out in each set, rounded down.
     seed: a non-negative integer that draws the validation samples.
@@ -183,13 +183,13 @@ def domains(
     if other != first:
       raise StreamError(
         f"{names[0]!r} has {first}, but {name!r} has {other}: the tasks of a"
-        " domain-incremental stream share images and classes, so resize,"
+        " domain-incremental stream share inputs and classes, so resize,"
         " convert or relabel one of them."
       )
   trains, tests = zip(*pairs, strict=True)
   return _of_domains(
-    np.concatenate([source.images for source in trains]),
-    np.concatenate([source.images for source in tests]),
+    np.concatenate([source.inputs for source in trains]),
+    np.concatenate([source.inputs for source in tests]),
     [
       (_stream.labels_of(train), _stream.labels_of(test))
       for train, test in pairs
@@ -219,8 +219,8 @@ def _changed(
     return made.reshape(-1, *images.shape[1:])
 
   return _of_domains(
-    pool(train.images),
-    pool(test.images),
+    pool(train.inputs),
+    pool(test.inputs),
     [(_stream.labels_of(train), _stream.labels_of(test))] * len(changes),
     [0] * len(changes),
     names,
@@ -286,7 +286,7 @@ def _of_domains(
     source[f"{split}_set"] = np.repeat(np.array(sets, np.int32), sizes)
     pools.append(
       {
-        "image": pictures,
+        "input": pictures,
         "label": np.concatenate(each),
         "task": np.repeat(_stream.all_rows(len(sizes)), sizes),
       }

@@ -11,6 +11,7 @@ import optax
 from jaxmerge import training
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("linear", "cosine")
 
 
 class Training(NamedTuple):
@@ -18,8 +19,12 @@ class Training(NamedTuple):
 
   Attributes:
     learning_rate: learning rate at the start.
-    final_learning_rate: the rate is constant for the first half of the run and
-      falls linearly to this at nine tenths of it; None for a constant rate.
+    final_learning_rate: the rate at the end; None for a constant one, or, of
+      the schedule "cosine", for 0.
+    schedule: how it gets there: "linear", constant for the first half of the
+      run, then falling linearly until nine tenths of it; or "cosine".
+    warmup: the fraction of the run in which the rate first rises linearly from
+      0; of the schedule "cosine".
     optimizer: "sgd", "adam" or "adamw".
     momentum: of SGD.
     weight_decay: of SGD (in the gradient) and of AdamW (decoupled).
@@ -32,6 +37,8 @@ class Training(NamedTuple):
 
   learning_rate: float = 0.01
   final_learning_rate: float | None = None
+  schedule: str = "linear"
+  warmup: float = 0.0
   optimizer: str = "sgd"
   momentum: float = 0.9
   weight_decay: float = 0.0
@@ -60,6 +67,18 @@ def check(settings: Training, name: str) -> None:
       f"{name}: unknown optimizer {settings.optimizer!r}. Choose one of "
       f"{', '.join(OPTIMIZERS)}."
     )
+  if settings.schedule not in SCHEDULES:
+    raise ValueError(
+      f"{name}: unknown schedule {settings.schedule!r}. Choose one of "
+      f"{', '.join(SCHEDULES)}."
+    )
+  if not 0 <= settings.warmup < 1:
+    raise ValueError(
+      f"{name}: warmup is a fraction of the run, in [0, 1), got "
+      f"{settings.warmup}."
+    )
+  if settings.warmup and settings.schedule != "cosine":
+    raise ValueError(f"{name}: warmup needs schedule='cosine'.")
   final = settings.final_learning_rate
   if settings.learning_rate <= 0 or (final is not None and final <= 0):
     raise ValueError(f"{name}: learning rates must be positive.")
@@ -67,6 +86,14 @@ def check(settings: Training, name: str) -> None:
     value = getattr(settings, field)
     if value is not None and value < 1:
       raise ValueError(f"{name}: {field} must be at least 1, got {value}.")
+  if not 0 <= settings.momentum < 1:
+    raise ValueError(
+      f"{name}: momentum must lie in [0, 1), got {settings.momentum}."
+    )
+  if settings.weight_decay < 0:
+    raise ValueError(
+      f"{name}: weight_decay must not be negative, got {settings.weight_decay}."
+    )
   if settings.clip is not None and settings.clip <= 0:
     raise ValueError(f"{name}: clip must be positive, got {settings.clip}.")
 
@@ -89,39 +116,40 @@ def optimizer(
   >>> float(optimizer(Training(0.1), 1, 10).learning_rate(9))
   0.10000000149011612
   """
-  rate = settings.learning_rate
-  final = (
-    rate
-    if settings.final_learning_rate is None
-    else (settings.final_learning_rate)
-  )
+  schedule = _schedule(settings, epochs, steps_per_epoch)
+  if settings.optimizer == "sgd":
+    step = optax.sgd(schedule, momentum=settings.momentum or None)
+    if settings.weight_decay:
+      step = optax.chain(optax.add_decayed_weights(settings.weight_decay), step)
+  elif settings.optimizer == "adam":
+    step = optax.adam(schedule)
+  else:
+    step = optax.adamw(schedule, weight_decay=settings.weight_decay)
+  if settings.clip is not None:
+    step = optax.chain(optax.clip_by_global_norm(settings.clip), step)
+  return training.Optimizer(step, schedule)
+
+
+def _schedule(
+  settings: Training, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """The learning rate of every step of a run."""
+  rate, final = settings.learning_rate, settings.final_learning_rate
+  if settings.schedule == "cosine":
+    steps = epochs * steps_per_epoch
+    return optax.warmup_cosine_decay_schedule(
+      0.0,
+      rate,
+      round(settings.warmup * steps),
+      steps,
+      final or 0.0,
+    )
   if settings.iterations is not None:
     # One long epoch: the schedule counts tenths of it.
     epochs, steps_per_epoch = 10, max(1, epochs * steps_per_epoch // 10)
-  if settings.optimizer == "sgd":
-    chosen = training.sgd(
-      rate,
-      final,
-      epochs,
-      steps_per_epoch,
-      momentum=settings.momentum,
-      weight_decay=settings.weight_decay,
-    )
-  else:
-    schedule = training.constant_linear_flat(
-      rate, final, epochs, steps_per_epoch
-    )
-    if settings.optimizer == "adam":
-      step = optax.adam(schedule)
-    else:
-      step = optax.adamw(schedule, weight_decay=settings.weight_decay)
-    chosen = training.Optimizer(step, schedule)
-  if settings.clip is None:
-    return chosen
-  clipped = optax.chain(
-    optax.clip_by_global_norm(settings.clip), chosen.transformation
+  return training.constant_linear_flat(
+    rate, rate if final is None else final, epochs, steps_per_epoch
   )
-  return chosen._replace(transformation=clipped)
 
 
 def tile_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -195,8 +195,11 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
     if rule.info.statistics is None:
       return None
     collect = getattr(merging, rule.info.statistics)
-    images = [batch["image"] for batch in problem.batches(task, samples)]
-    return collect(_problem.own_logits(problem, task)[0], expert, images)
+    own = _problem.own_logits(problem, task)
+    inputs = [
+      own.prepare(batch["input"]) for batch in problem.batches(task, samples)
+    ]
+    return collect(own.logits_fn, expert, inputs)
 
   def init(problem: _problem.Problem) -> State:
     if not rule.info.streams:
@@ -289,14 +292,14 @@ def running_regmean(
     return gram + extra * jnp.eye(size, dtype=gram.dtype)
 
   def collect(problem: _problem.Problem, params: PyTree, task: int) -> Any:
-    images = [batch["image"] for batch in problem.batches(task, samples)]
-    found = merging.gram_matrices(problem.logits_fn, params, images)
+    inputs = [batch["input"] for batch in problem.batches(task, samples)]
+    found = merging.gram_matrices(problem.logits_fn, params, inputs)
     return jax.tree.map(damped, found)
 
   def init(problem: _problem.Problem) -> State:
     def one(params: PyTree) -> Any:
-      image = problem.stream.train["image"][:1]
-      found = merging.gram_matrices(problem.logits_fn, params, [image])
+      example = problem.stream.train["input"][:1]
+      found = merging.gram_matrices(problem.logits_fn, params, [example])
       return jax.tree.map(jnp.zeros_like, found)
 
     return {"grams": _problem.per_seed(problem, one, problem.params)}
@@ -344,7 +347,7 @@ def buffer_loss(
 
   def loss(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
     del key
-    logits = logits_fn(params, batch["image"])
+    logits = logits_fn(params, batch["input"])
     return optax.softmax_cross_entropy_with_integer_labels(
       logits, batch["label"]
     )

@@ -64,14 +64,15 @@ def ewc(
   decay: float = 1.0,
   samples: int | None = None,
   labels: str = "exact",
+  head: str = "all",
+  chunk_size: int | None = None,
 ) -> Regularizer:
   """Elastic weight consolidation.
 
       penalty = weight / 2 * sum_i sum_t F_{t,i} (theta_i - theta_{t,i})^2
 
   with F_t the diagonal of the Fisher information of task t's network on task
-  t's data, per example, and theta_t that network; in a task-incremental stream
-  that of the task's own classes. The sum of squares is kept as
+  t's data, per example, over the classes of `head`, and theta_t that network. The sum of squares is kept as
   one square, of precision sum_t F_t around the weighted mean of the theta_t,
   from which it differs by a constant: the memory does not grow. Online, the
   precision is F_t + decay * (the precision before), around the last theta_t
@@ -84,6 +85,11 @@ def ewc(
     samples: number of examples that the Fisher is estimated on, the first ones
       of the task; None for all.
     labels: as in `jaxmerge.merging.diagonal_fisher`: "exact" or "empirical".
+    head: classes that the network's probabilities are over: "all", those "seen"
+      so far, or those of the "task", as in its training; in a task-incremental
+      stream always those of the task.
+    chunk_size: as in `jaxmerge.merging.diagonal_fisher`: that of a large
+      network must be small.
 
   Returns:
     The regulariser.
@@ -108,6 +114,8 @@ def ewc(
     raise ValueError(f"Unknown labels {labels!r}. Choose exact or empirical.")
   if samples is not None and samples < 1:
     raise ValueError(f"samples must be at least 1, got {samples}.")
+  if head not in ("all", "seen", "task"):
+    raise ValueError(f"Unknown head {head!r}. Choose all, seen or task.")
 
   def init(problem: _problem.Problem) -> State:
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
@@ -127,17 +135,17 @@ def ewc(
     path: Data | None,
   ) -> State:
     del path
-    logits_fn, places = _problem.own_logits(problem, task)
+    own = _problem.own_logits(problem, task, head)
     batches: list[Any] = [
-      (batch["image"], places[batch["label"]])
+      (own.prepare(batch["input"]), own.places[batch["label"]])
       for batch in problem.batches(task, samples)
     ]
     if labels == "exact":
-      batches = [images for images, _ in batches]
+      batches = [inputs for inputs, _ in batches]
     fisher = _problem.per_seed(
       problem,
       lambda params: merging.diagonal_fisher(
-        logits_fn, params, batches, labels=labels
+        own.logits_fn, params, batches, labels=labels, chunk_size=chunk_size
       ),
       params,
     )
@@ -166,6 +174,7 @@ def ewc(
   name += f", online, decay={decay}" if online else ""
   name += f", samples={samples}" if samples else ""
   name += f", {labels}" if labels != "exact" else ""
+  name += f", head={head}" if head != "all" else ""
   return Regularizer(f"{name})", init, terms, after_task)
 
 

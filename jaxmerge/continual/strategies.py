@@ -221,10 +221,17 @@ def ewc(
   samples: int | None = None,
   labels: str = "exact",
   head: str = "all",
+  chunk_size: int | None = None,
 ) -> Strategy:
   """Elastic weight consolidation; see `regularizers.ewc`."""
   regularizer = regularizers.ewc(
-    weight, online=online, decay=decay, samples=samples, labels=labels
+    weight,
+    online=online,
+    decay=decay,
+    samples=samples,
+    labels=labels,
+    head=head,
+    chunk_size=chunk_size,
   )
   learner = Learner(training, head=head, regularizer=regularizer)
   return _strategy.compose("ewc", learner)

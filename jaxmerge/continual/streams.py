@@ -1,4 +1,4 @@
-"""Streams of tasks, made of labelled image sets.
+"""Streams of tasks, made of labelled sets.
 
 A stream is data: a pool of training and of test examples, and the rows of the
 pools that belong to each task. The rows of the source sets are recorded, so

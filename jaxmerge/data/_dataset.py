@@ -36,6 +36,11 @@ class Dataset(NamedTuple):
   version: str
 
   @property
+  def inputs(self) -> np.ndarray:
+    """The images, as `jaxmerge.continual.streams` calls what it is given."""
+    return self.images
+
+  @property
   def input_shape(self) -> tuple[int, int, int]:
     """The shape of one image: (height, width, channels)."""
     height, width, channels = self.images.shape[1:]

@@ -7,6 +7,7 @@
 * `Bert`: a BERT-type encoder, `bert_from_config` that of a config.json;
   `mean_embedding` makes one vector a text of its hidden states.
 * `Clip`, whose encoders have `ClipSizes`; `clip_from_config`.
+* `class_embeddings`: a frozen head of the names of classes.
 * `get`, `names`: the registry of named networks.
 """
 
@@ -16,6 +17,7 @@ from jaxmerge.models._bert import (
   bert_from_config,
   mean_embedding,
 )
+from jaxmerge.models._class_embeddings import class_embeddings
 from jaxmerge.models._clip import Clip, ClipSizes, clip_from_config
 from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
@@ -37,6 +39,7 @@ __all__ = [
   "ResNet",
   "ViT",
   "bert_from_config",
+  "class_embeddings",
   "clip_from_config",
   "get",
   "mean_embedding",

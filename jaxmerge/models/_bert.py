@@ -9,7 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models import _transformer
+from jaxmerge.models import _packing, _transformer
+
+
+# The mask of a batch, or where its real tokens are.
+_Where = _packing.Packing | jax.Array | None
 
 
 class BertOutput(NamedTuple):
@@ -53,11 +57,17 @@ class _Part(nn.Module):
 
 class _Self(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
     query, key, value = (
       self._dense(x.shape[-1], name)(x) for name in ("query", "key", "value")
     )
-    return _transformer.attend(query, key, value, self.heads, mask)
+    if not isinstance(where, _packing.Packing):
+      return _transformer.attend(query, key, value, self.heads, where)
+    query, key, value = (
+      _packing.unpack(part, where) for part in (query, key, value)
+    )
+    found = _transformer.attend(query, key, value, self.heads, where.mask)
+    return _packing.pack(found, where)
 
 
 class _Output(_Part):
@@ -69,8 +79,8 @@ class _Output(_Part):
 
 class _Attention(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return self._part(_Output, "output")(self._part(_Self, "self")(x, mask), x)
+  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
+    return self._part(_Output, "output")(self._part(_Self, "self")(x, where), x)
 
 
 class _Intermediate(_Part):
@@ -82,25 +92,25 @@ class _Intermediate(_Part):
 
 class _Layer(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    x = self._part(_Attention, "attention")(x, mask)
+  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
+    x = self._part(_Attention, "attention")(x, where)
     y = self._part(_Intermediate, "intermediate")(x)
     return self._part(_Output, "output")(y, x)
 
 
 class _Layers(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
     kind = nn.remat(_Layer) if self.remat else _Layer
     for number in range(self.depth):
-      x = self._part(kind, str(number))(x, mask)
+      x = self._part(kind, str(number))(x, where)
     return x
 
 
 class _Encoder(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return self._part(_Layers, "layer")(x, mask)
+  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
+    return self._part(_Layers, "layer")(x, where)
 
 
 class _Embeddings(nn.Module):
@@ -112,13 +122,14 @@ class _Embeddings(nn.Module):
   dtype: jax.typing.DTypeLike | None
 
   @nn.compact
-  def __call__(self, ids: jax.Array, types: jax.Array) -> jax.Array:
+  def __call__(
+    self, ids: jax.Array, types: jax.Array, places: jax.Array
+  ) -> jax.Array:
     def embed(size: int, name: str) -> nn.Embed:
       return nn.Embed(size, self.dim, dtype=self.dtype, name=name)
 
     x = embed(self.vocab_size, "word_embeddings")(ids)
     x = x + embed(self.types, "token_type_embeddings")(types)
-    places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     x = x + embed(self.positions, "position_embeddings")(places)
     return _transformer.layer_norm(x, self.epsilon, "LayerNorm")
 
@@ -154,6 +165,9 @@ class Bert(nn.Module):
       parameters, which are float32.
     remat: Whether the layers' activations are computed again in the backward
       pass instead of held.
+    tokens: The largest number of real tokens of a batch: padding is left out of
+      all layers, and the hidden states of padding are 0. With more real tokens
+      than that all hidden states are NaN. None to compute padding, too.
 
   Raises:
     ValueError: If an attribute is unknown or out of its range, or a text is too
@@ -182,9 +196,12 @@ class Bert(nn.Module):
   pooler: bool = False
   dtype: jax.typing.DTypeLike | None = None
   remat: bool = False
+  tokens: int | None = None
 
   def __post_init__(self) -> None:
     """Validates the attributes."""
+    if self.tokens is not None and self.tokens < 1:
+      raise ValueError(f"tokens of Bert must be positive, got {self.tokens}")
     _transformer.check_sizes(
       "Bert",
       self.heads,
@@ -222,6 +239,12 @@ class Bert(nn.Module):
       )
     if types is None:
       types = jnp.zeros_like(ids)
+    places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    where: _Where = mask
+    if mask is not None and self.tokens is not None and self.tokens < ids.size:
+      where = _packing.packing(mask, self.tokens)
+      ids, types = (part.reshape(-1)[where.order] for part in (ids, types))
+      places = where.order % mask.shape[1]
     x = _Embeddings(
       self.vocab_size,
       self.dim,
@@ -230,7 +253,7 @@ class Bert(nn.Module):
       self.epsilon,
       self.dtype,
       name="embeddings",
-    )(ids, types)
+    )(ids, types, places)
     x = _Encoder(
       self.heads,
       self.mlp_dim,
@@ -240,7 +263,11 @@ class Bert(nn.Module):
       self.depth,
       self.remat,
       name="encoder",
-    )(x, mask)
+    )(x, where)
+    if isinstance(where, _packing.Packing):
+      x = _packing.unpack(x, where)
+      fits = where.mask.sum(dtype=jnp.int32) <= len(where.order)
+      x = jnp.where(fits, x, jnp.full_like(x, jnp.nan))
     pooled = None
     if self.pooler:
       pooled = _Pooler(self.dtype, name="pooler")(x[:, 0])

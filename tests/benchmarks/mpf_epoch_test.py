@@ -26,7 +26,7 @@ class ProblemTest(absltest.TestCase):
     kernels, _ = _problem.random_ends(_SIZES)
     images, labels = _problem.load_images("synthetic", examples, None)
     loss_fn = _jaxmerge_epoch.make_loss("mlpnet", 0.1, 0.3)
-    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    batch = {"input": jnp.asarray(images), "label": jnp.asarray(labels)}
     gradient = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None).mean()))
     compiled = gradient.lower(_jaxmerge_epoch.as_params(kernels)).compile()
     flops = _problem.epoch_flops(_SIZES, examples)
@@ -103,7 +103,7 @@ class TorchTest(parameterized.TestCase):
 
     loss_fn = _jaxmerge_epoch.make_loss("mlpnet", _problem.MEAN, _problem.STD)
     start, end = map(_jaxmerge_epoch.as_params, ends)
-    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    batch = {"input": jnp.asarray(images), "label": jnp.asarray(labels)}
 
     def loss(bend, t):
       phi = jax.tree.map(

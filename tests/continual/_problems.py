@@ -23,7 +23,7 @@ STEPS = Training(0.1, momentum=0.0, epochs=3, batch_size=32)
 class Source(NamedTuple):
   """Images around a prototype a class."""
 
-  images: np.ndarray
+  inputs: np.ndarray
   labels: np.ndarray
   num_classes: int = CLASSES
 
@@ -101,7 +101,7 @@ def seed(tree, number):
 def task_data(one, task):
   """The images and labels that a task is trained on."""
   rows = one.stream.tasks[task].train
-  return one.stream.train["image"][rows], one.stream.train["label"][rows]
+  return one.stream.train["input"][rows], one.stream.train["label"][rows]
 
 
 def logits(kernel, images):

@@ -249,7 +249,7 @@ class MergeTest(parameterized.TestCase):
       labels = examples["label"][i]
       losses = []
       for point in points:
-        logits = _problems.logits(point[i], examples["image"][i])
+        logits = _problems.logits(point[i], examples["input"][i])
         chances = special.log_softmax(logits, axis=1)
         losses.append(-chances[np.arange(len(labels)), labels].mean())
       found = int(np.argmin(losses))

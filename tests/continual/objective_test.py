@@ -82,7 +82,7 @@ class ObjectiveTest(parameterized.TestCase):
     self, make, options, disagree
   ):
     train, test = (
-      one._replace(images=one.images + 1)
+      one._replace(inputs=one.inputs + 1)
       for one in (_problems.source(12, 0), _problems.source(4, 1))
     )
     stream = make(train, test, num_tasks=3, **options)
@@ -102,7 +102,7 @@ class ObjectiveTest(parameterized.TestCase):
         label in {*labels, *stream.tasks[0].classes} for label in range(6)
       ]
       reference = _problems.gradient(
-        kernel, stored.items["image"], stored.label, np.array(seen)
+        kernel, stored.items["input"], stored.label, np.array(seen)
       )
       product = (gradient * reference).sum()
       self.assertEqual(product < 0, disagree)

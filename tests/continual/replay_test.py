@@ -48,7 +48,7 @@ def _stream(n=40, seed=0):
   row = np.arange(1, n + 1, dtype=np.int32)
   items = {
     "row": row,
-    "image": np.stack([row, labels, tasks], 1).astype(np.float32),
+    "input": np.stack([row, labels, tasks], 1).astype(np.float32),
   }
   return items, labels, tasks
 
@@ -60,7 +60,7 @@ def _features(n=40):
 def _example():
   return {
     "row": jax.ShapeDtypeStruct((), jnp.int32),
-    "image": jax.ShapeDtypeStruct((3,), jnp.float32),
+    "input": jax.ShapeDtypeStruct((3,), jnp.float32),
   }
 
 
@@ -113,7 +113,7 @@ class EveryPolicyTest(parameterized.TestCase):
     index = items["row"] - 1
     self.assertLen(set(index), len(index))
     self.assertNotEmpty(index)
-    np.testing.assert_array_equal(items["image"], offered["image"][index])
+    np.testing.assert_array_equal(items["input"], offered["input"][index])
     np.testing.assert_array_equal(labels, offered_labels[index])
     np.testing.assert_array_equal(tasks, offered_tasks[index])
     self.assertEqual(state.label.shape, (_BUFFERS[name].slots,))
@@ -614,8 +614,8 @@ class QueriesTest(parameterized.TestCase):
       self.assertFalse(mask.any())
       self.assertEqual(labels.tolist(), [-1] * 3)
       self.assertEqual(tasks.tolist(), [-1] * 3)
-      self.assertEqual(items["image"].shape, (3, 3))
-      self.assertFalse(items["image"].any())
+      self.assertEqual(items["input"].shape, (3, 3))
+      self.assertFalse(items["input"].any())
 
   def test_sample_over_seeds(self):
     buffer = replay.reservoir(8)
@@ -771,7 +771,7 @@ class ErrorsTest(parameterized.TestCase):
         {"row": items["row"]},
         "'image' is in the buffer but missing from items",
       ),
-      ({**items, "image": items["image"][:, :2]}, r"\(40, 3\) in the buffer"),
+      ({**items, "input": items["input"][:, :2]}, r"\(40, 3\) in the buffer"),
       ({**items, "row": items["row"] * 1.0}, "dtype int32 in the buffer"),
       ({**items, "row": 3}, r"\(40,\) in the buffer but \(\)"),
     ):

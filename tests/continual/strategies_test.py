@@ -101,7 +101,7 @@ class StrategyTest(parameterized.TestCase):
     self.assertFalse(strategy.measured(problem, 1))
     rows = np.concatenate([task.train for task in problem.stream.tasks])
     images, labels = (
-      problem.stream.train[name][rows] for name in ("image", "label")
+      problem.stream.train[name][rows] for name in ("input", "label")
     )
     for i in range(2):
       kernel = np.asarray(problem.params["out"]["kernel"][i], np.float64)
@@ -151,7 +151,7 @@ class StrategyTest(parameterized.TestCase):
       rows = buffer.items[buffer.label >= 0]
       self.assertLen(set(rows), 16)
       images, labels = (
-        problem.stream.train[name][rows] for name in ("image", "label")
+        problem.stream.train[name][rows] for name in ("input", "label")
       )
       old, expert = (np.asarray(one[i], np.float64) for one in experts)
       kernel = 0.75 * old + 0.25 * expert
@@ -289,7 +289,7 @@ class StrategyTest(parameterized.TestCase):
       for t, task in enumerate(problem.stream.tasks):
         images, labels = (
           problem.stream.train[name][task.validation]
-          for name in ("image", "label")
+          for name in ("input", "label")
         )
         hits = _problems.logits(kernel, images).argmax(axis=1) == labels
         self.assertEqual(found[i, t], hits.mean())
@@ -307,7 +307,7 @@ class StrategyTest(parameterized.TestCase):
     whole = streams.data_incremental(source, test, num_tasks=2, seed=0)
     params = _problems.problem(capacity=0).params
     kernel = np.asarray(params["out"]["kernel"][0])
-    logits = test.images.reshape(-1, 9) @ kernel
+    logits = test.inputs.reshape(-1, 9) @ kernel
     hits = logits.argmax(axis=1) == test.labels
     task = test.labels // 2
     own = logits.reshape(-1, 3, 2)[np.arange(len(task)), task].argmax(axis=1)

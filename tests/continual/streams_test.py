@@ -17,7 +17,7 @@ from jaxmerge.continual import _stream_domains, streams
 
 
 class _Set(NamedTuple):
-  images: np.ndarray
+  inputs: np.ndarray
   labels: np.ndarray
   num_classes: int
 
@@ -98,27 +98,27 @@ class EveryStreamTest(parameterized.TestCase):
     self.assertLen({task.name for task in stream.tasks}, stream.num_tasks)
     for split in ("train", "test"):
       pool = getattr(stream, split)
-      self.assertEqual(set(pool), {"image", "label", "task"})
+      self.assertEqual(set(pool), {"input", "label", "task"})
       source = [stream.source[split], stream.source[f"{split}_set"]]
       chex.assert_type([pool["label"], pool["task"], *source], np.int32)
       chex.assert_equal_shape([pool["label"], pool["task"], *source])
-      self.assertLen(pool["image"], len(pool["label"]))
+      self.assertLen(pool["input"], len(pool["label"]))
 
   @parameterized.parameters(np.uint8, np.float32, np.float64)
   def test_keeps_the_dtype_of_the_images(self, dtype):
     train, test = _pair(dtype=dtype)
     for stream in _all_streams(train, test):
-      self.assertEqual(stream.train["image"].dtype, dtype)
-      self.assertEqual(stream.test["image"].dtype, dtype)
+      self.assertEqual(stream.train["input"].dtype, dtype)
+      self.assertEqual(stream.test["input"].dtype, dtype)
 
   def test_leaves_the_sets_untouched(self):
     train, test = _pair()
-    copies = train.images.copy(), train.labels.copy()
+    copies = train.inputs.copy(), train.labels.copy()
     for part in (train, test):
-      part.images.flags.writeable = False
+      part.inputs.flags.writeable = False
       part.labels.flags.writeable = False
     _all_streams(train, test, 0.25)
-    np.testing.assert_array_equal(train.images, copies[0])
+    np.testing.assert_array_equal(train.inputs, copies[0])
     np.testing.assert_array_equal(train.labels, copies[1])
 
   def test_is_fixed_by_its_arguments(self):
@@ -174,8 +174,8 @@ class ByClassTest(parameterized.TestCase):
   def test_copies_no_image(self, make):
     train, test = _pair()
     stream = make(train, test, num_tasks=2, relabel=True, validation=0.1)
-    self.assertIs(stream.train["image"], train.images)
-    self.assertIs(stream.test["image"], test.images)
+    self.assertIs(stream.train["input"], train.inputs)
+    self.assertIs(stream.test["input"], test.inputs)
     np.testing.assert_array_equal(stream.source["train"], np.arange(120))
     np.testing.assert_array_equal(stream.source["test"], np.arange(60))
     self.assertFalse(stream.source["train_set"].any())
@@ -292,8 +292,8 @@ class DataIncrementalTest(parameterized.TestCase):
       np.sort(np.concatenate([task.train for task in stream.tasks])),
       np.arange(120),
     )
-    self.assertIs(stream.train["image"], train.images)
-    self.assertIs(stream.test["image"], test.images)
+    self.assertIs(stream.train["input"], train.inputs)
+    self.assertIs(stream.test["input"], test.inputs)
 
   def test_tests_every_task_on_the_whole_test_set(self):
     train, test = _pair()
@@ -362,13 +362,13 @@ class DomainsTest(parameterized.TestCase):
     train, test = _pair()
     stream = streams.permuted(train, test, num_tasks=4, seed=3)
     self._check_pools(stream, [(train, test)] * 4)
-    np.testing.assert_array_equal(stream.train["image"][:120], train.images)
+    np.testing.assert_array_equal(stream.train["input"][:120], train.inputs)
     # A set whose pixels are their own numbers shows the order.
     numbers = np.arange(20, dtype=np.uint8).reshape(1, 5, 4, 1)
     probe = _Set(
       np.concatenate([numbers, 100 + numbers], -1), np.zeros(1, int), 6
     )
-    shown = streams.permuted(probe, probe, num_tasks=4, seed=3).train["image"]
+    shown = streams.permuted(probe, probe, num_tasks=4, seed=3).train["input"]
     orders = shown[..., 0].reshape(4, 20).astype(int)
     self.assertLen({tuple(order) for order in orders}, 4)
     for number, order in enumerate(orders):
@@ -376,10 +376,10 @@ class DomainsTest(parameterized.TestCase):
       for pool, source in ((stream.train, train), (stream.test, test)):
         size = len(source.labels)
         np.testing.assert_array_equal(
-          pool["image"][number * size : (number + 1) * size],
-          source.images.reshape(size, 20, 2)[:, order].reshape(size, 5, 4, 2),
+          pool["input"][number * size : (number + 1) * size],
+          source.inputs.reshape(size, 20, 2)[:, order].reshape(size, 5, 4, 2),
         )
-    other = streams.permuted(probe, probe, num_tasks=4, seed=4).train["image"]
+    other = streams.permuted(probe, probe, num_tasks=4, seed=4).train["input"]
     self.assertFalse(np.array_equal(other[1], shown[1]))
     np.testing.assert_array_equal(other[0], shown[0])
 
@@ -407,10 +407,10 @@ class DomainsTest(parameterized.TestCase):
     stream = streams.rotated(train, test, angles=[0, angle])
     self._check_pools(stream, [(train, test)] * 2)
     for pool, source in ((stream.train, train), (stream.test, test)):
-      same, turned = np.split(pool["image"], 2)
-      np.testing.assert_array_equal(same, source.images)
+      same, turned = np.split(pool["input"], 2)
+      np.testing.assert_array_equal(same, source.inputs)
       expected = scipy.ndimage.rotate(
-        source.images,
+        source.inputs,
         angle,
         axes=(1, 2),
         reshape=False,
@@ -423,22 +423,22 @@ class DomainsTest(parameterized.TestCase):
   def test_right_angles_only_move_pixels(self, dtype):
     train = _set(size=5, shape=(6, 6, 3), dtype=dtype)
     stream = streams.rotated(train, train, angles=[0, 90, 180, 270, -90, 360])
-    parts = np.split(stream.train["image"], 6)
+    parts = np.split(stream.train["input"], 6)
     for part, turns in zip(parts, (0, 1, 2, 3, 3, 0), strict=True):
       np.testing.assert_array_equal(
-        part, np.rot90(train.images, turns, axes=(1, 2))
+        part, np.rot90(train.inputs, turns, axes=(1, 2))
       )
 
   def test_rounds_integers(self):
     train = _set(size=5, shape=(6, 6, 1))
-    exact = train._replace(images=train.images.astype(np.float64))
+    exact = train._replace(inputs=train.inputs.astype(np.float64))
     found, expected = (
-      streams.rotated(source, source, angles=[33]).train["image"]
+      streams.rotated(source, source, angles=[33]).train["input"]
       for source in (train, exact)
     )
     self.assertLess(np.max(np.abs(found - expected)), 0.5 + 1e-4)
-    white = train._replace(images=np.full_like(train.images, 255))
-    middle = streams.rotated(white, white, angles=[33]).train["image"][
+    white = train._replace(inputs=np.full_like(train.inputs, 255))
+    middle = streams.rotated(white, white, angles=[33]).train["input"][
       :, 2:4, 2:4
     ]
     np.testing.assert_array_equal(middle, 255)
@@ -447,7 +447,7 @@ class DomainsTest(parameterized.TestCase):
     train = _set(size=_stream_domains._CHUNK + 5, shape=(3, 3, 1))
     stream = streams.rotated(train, _set(shape=(3, 3, 1)), angles=[90])
     np.testing.assert_array_equal(
-      stream.train["image"], np.rot90(train.images, 1, axes=(1, 2))
+      stream.train["input"], np.rot90(train.inputs, 1, axes=(1, 2))
     )
 
   def test_names_the_angles(self):
@@ -466,8 +466,8 @@ class DomainsTest(parameterized.TestCase):
     for split, place in (("train", 0), ("test", 1)):
       sources = [pair[place] for pair in pairs]
       np.testing.assert_array_equal(
-        getattr(stream, split)["image"],
-        np.concatenate([source.images for source in sources]),
+        getattr(stream, split)["input"],
+        np.concatenate([source.inputs for source in sources]),
       )
       np.testing.assert_array_equal(
         stream.source[f"{split}_set"],
@@ -583,23 +583,22 @@ class ErrorsTest(parameterized.TestCase):
     self.assertLen(make(full, some, num_tasks=2).tasks, 2)
 
   @parameterized.parameters(
-    (dict(images=np.zeros((120, 5, 4))), r"train: images must be .* \(120, 5"),
     (dict(labels=np.zeros(120)), "train: labels must be .* float64"),
     (dict(labels=np.zeros((120, 1), int)), r"labels .* shape \(120, 1\)"),
-    (dict(labels=np.zeros(5, int)), "train has 120 images but 5 labels"),
+    (dict(labels=np.zeros(5, int)), "train has 120 inputs but 5 labels"),
     (dict(num_classes=5), r"0\.\.5, but num_classes 5 allows 0\.\.4"),
     (dict(labels=np.full(120, -1)), r"labels are in -1\.\.-1"),
     (
-      dict(images=np.zeros((0, 5, 4, 2)), labels=np.zeros(0, int)),
+      dict(inputs=np.zeros((0, 5, 4, 2)), labels=np.zeros(0, int)),
       "train is empty",
     ),
     (
       dict(num_classes=7),
-      r"train has uint8 images \(5, 4, 2\) of 7 .* test has .* of 6 classes",
+      r"train has uint8 inputs \(5, 4, 2\) of 7 .* test has .* of 6 classes",
     ),
     (
-      dict(images=np.zeros((120, 5, 5, 2), np.float32)),
-      r"train has float32 images \(5, 5, 2\) .* test has uint8 .*\(5, 4, 2\)",
+      dict(inputs=np.zeros((120, 5, 5, 2), np.float32)),
+      r"train has float32 inputs \(5, 5, 2\) .* test has uint8 .*\(5, 4, 2\)",
     ),
   )
   def test_refuses_sets_that_do_not_fit(self, changes, message):
@@ -614,6 +613,17 @@ class ErrorsTest(parameterized.TestCase):
     ):
       self._refuses(message, make, train, test, **options)
     self._refuses("'domain 0': .*" + message, streams.domains, [(train, test)])
+
+  def test_takes_inputs_of_any_shape_but_for_the_streams_of_images(self):
+    train, test = (
+      part._replace(inputs=part.inputs.reshape(len(part.inputs), -1))
+      for part in _pair()
+    )
+    stream = streams.class_incremental(train, test, num_tasks=2)
+    self.assertIs(stream.train["input"], train.inputs)
+    message = r"images must be .* \('n', 40\)"
+    self._refuses(message, streams.permuted, train, test, num_tasks=2, seed=0)
+    self._refuses(message, streams.rotated, train, test, angles=[0])
 
   def test_refuses_options_of_no_use(self):
     pair = _pair()

@@ -89,7 +89,7 @@ class RunTest(absltest.TestCase):
     study = _mpf_study.build(_config().mpf, None)
     params = jax.tree.map(lambda x: x[0], study.init(study.keys(0)))
     images = fusion._examples(study, 7)
-    self.assertEqual(images.dtype, study.train.value["image"].dtype)
+    self.assertEqual(images.dtype, study.train.value["input"].dtype)
     got = fusion.activations(study, params, images)
     x = np.asarray(study.normalize(images), np.float64).reshape(7, -1)
     self.assertEqual(list(got), ["Dense_0", "Dense_1", "Dense_2"])

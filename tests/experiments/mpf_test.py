@@ -170,7 +170,7 @@ class AugmentationTest(_Workdir):
     ]
     seen = set()
     for key in jax.random.split(jax.random.key(0), 200):
-      got = np.asarray(transform(key, {"image": image})["image"])
+      got = np.asarray(transform(key, {"input": image})["input"])
       matches = [i for i, crop in enumerate(crops) if np.array_equal(crop, got)]
       self.assertLen(matches, 1)
       seen.update(matches)
