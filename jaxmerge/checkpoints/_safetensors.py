@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge.checkpoints import _store
+from jaxmerge.checkpoints import _pickled, _store
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-# Files that are pickles, which run code when they are read.
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class TensorInfo(NamedTuple):
@@ -116,9 +113,8 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
   else:
     raise _error(path, "does not exist", "Give a folder of a checkpoint.")
   if not files:
-    for pattern in _PICKLES:
-      for pickled in sorted(path.glob(pattern)):
-        _refuse_pickle(pickled)
+    for pickled in _pickled.find(path):
+      _refuse_pickle(pickled)
     raise _error(path, "holds no .safetensors file", "Download the weights.")
   found: dict[str, TensorInfo] = {}
   for file in files:
@@ -151,13 +147,12 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:
-  if any(path.match(pattern) for pattern in _PICKLES):
+  if _pickled.find(path):
     raise _error(
       path,
       "is pickled, which can run any code when it is read",
-      "Take the .safetensors file of the same model, or convert it where you"
-      " trust it: torch.load(weights_only=True), then"
-      " safetensors.torch.save_file.",
+      "Take the .safetensors file of the same model, or ask for"
+      " weights_only=True, which lets PyTorch read tensors and nothing else.",
     )
 
 
@@ -202,6 +197,7 @@ def write(
   arrays: Mapping[str, Any],
   *,
   max_shard_bytes: int = 5_000_000_000,
+  single: str = SINGLE,
 ) -> None:
   """Writes a folder of safetensors: one file, or shards and their index.
 
@@ -212,6 +208,7 @@ def write(
       these names are replaced.
     arrays: name -> array.
     max_shard_bytes: size from which on a further file is begun.
+    single: name of the file where there is one.
 
   Raises:
     CheckpointError: there is no tensor.
@@ -233,7 +230,7 @@ def write(
     total += array.nbytes
   path.mkdir(parents=True, exist_ok=True)
   if len(shards) == 1:
-    _write_one(path / SINGLE, shards[0])
+    _write_one(path / single, shards[0])
     (path / INDEX).unlink(missing_ok=True)
     return
   places: dict[str, str] = {}
@@ -244,7 +241,7 @@ def write(
   index = {"metadata": {"total_size": total}, "weight_map": places}
   text = json.dumps(index, indent=2, sort_keys=True) + "\n"
   _replace(path / INDEX, lambda file: file.write_text(text))
-  (path / SINGLE).unlink(missing_ok=True)
+  (path / single).unlink(missing_ok=True)
 
 
 def _write_one(path: pathlib.Path, shard: dict[str, np.ndarray]) -> None:

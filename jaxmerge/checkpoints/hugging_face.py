@@ -20,16 +20,17 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmerge import tree as tree_lib
-from jaxmerge.checkpoints import _safetensors, _store
+from jaxmerge.checkpoints import _pickled, _safetensors, _store
 
 PyTree = Any
+Read = Callable[[list[str]], dict[str, np.ndarray]]
 
 #: Buffers that are no parameters.
 BUFFERS = (r"(^|.*\.)position_ids",)
@@ -168,12 +169,26 @@ def _prefix(infos: Mapping[str, Any], wanted: list[str]) -> str:
   return found.pop() if len(found) == 1 else ""
 
 
+def opened(
+  folder: str | os.PathLike[str], weights_only: bool
+) -> tuple[Mapping[str, Any], Read]:
+  """The tensors of a folder: name -> what has a shape; reads some of them."""
+  path = pathlib.Path(folder)
+  safe = path.suffix == ".safetensors" or any(path.glob("*.safetensors"))
+  if weights_only and not safe and path.exists():
+    arrays = _pickled.read(path)
+    return arrays, lambda names: {name: arrays[name] for name in names}
+  infos = _safetensors.tensors(path)
+  return infos, lambda names: _safetensors.read(infos, names)
+
+
 def load(
   folder: str | os.PathLike[str],
   like: PyTree,
   *,
   ignore: tuple[str, ...] = (),
   dtype: Any = np.float32,
+  weights_only: bool = False,
 ) -> PyTree:
   """Reads the parameters of a network.
 
@@ -184,6 +199,9 @@ def load(
     ignore: regular expressions of whole names of tensors that the network need
       not have, beside `BUFFERS`.
     dtype: of the result; None for that of the file.
+    weights_only: whether a folder without safetensors may have its pickled
+      files (pytorch_model.bin) read by `torch.load(weights_only=True)`. Without
+      it they are refused.
 
   Returns:
     NumPy arrays, in the structure of `like`.
@@ -192,7 +210,35 @@ def load(
     CheckpointError: the folder cannot be read; a leaf has no tensor, or one of
       another shape; a tensor has no leaf. Nothing keeps its initial value.
   """
-  infos = _safetensors.tensors(folder)
+  infos, read = opened(folder, weights_only)
+  return fit(folder, infos, read, like, ignore=ignore, dtype=dtype)
+
+
+def fit(
+  folder: str | os.PathLike[str],
+  infos: Mapping[str, Any],
+  read: Read,
+  like: PyTree,
+  *,
+  ignore: tuple[str, ...] = (),
+  dtype: Any = np.float32,
+) -> PyTree:
+  """Puts tensors into the structure of a network; see `load`.
+
+  Args:
+    folder: where they are, for messages.
+    infos: name -> what has their shape.
+    read: reads some of them.
+    like: the network's parameters.
+    ignore: of `load`.
+    dtype: of `load`.
+
+  Returns:
+    The parameters.
+
+  Raises:
+    CheckpointError: see `load`.
+  """
   named = _named(like)
   wanted = {tensor_name(path): path for path in named}
   if len(wanted) < len(named):
@@ -230,7 +276,7 @@ def load(
       f"{folder} does not fit the network: {'; '.join(problems)}. Make the"
       " network by its config.json, or name what may be left out in ignore."
     )
-  arrays = _safetensors.read(infos, [prefix + name for name in wanted])
+  arrays = read([prefix + name for name in wanted])
   leaves = {}
   for name, path in wanted.items():
     leaf = _to_leaf(path, arrays.pop(prefix + name))
@@ -263,26 +309,41 @@ def save(
     CheckpointError: the source cannot be read, or is the folder itself.
   """
   target = pathlib.Path(folder)
-  named = _named(params)
-  arrays = {}
-  for path, leaf in named.items():
-    array = _to_tensor(path, leaf)
-    arrays[tensor_name(path)] = array if dtype is None else array.astype(dtype)
+  arrays = to_tensors(params)
+  if dtype is not None:
+    arrays = {name: array.astype(dtype) for name, array in arrays.items()}
   if source is not None:
     origin = pathlib.Path(source)
-    if target.exists() and target.samefile(origin):
-      raise _store.CheckpointError(
-        f"{target} is the folder that the parameters came from: choose another"
-        " one, so that nothing of it is lost."
-      )
+    check_apart(target, origin)
     infos = _safetensors.tensors(origin)
     prefix = _prefix(infos, list(arrays))
     arrays = {prefix + name: array for name, array in arrays.items()}
     rest = [name for name in infos if name not in arrays]
     arrays |= _safetensors.read(infos, rest)
   _safetensors.write(target, arrays, max_shard_bytes=max_shard_bytes)
-  if source is None:
-    return
+  if source is not None:
+    copy_others(origin, target)
+
+
+def to_tensors(params: PyTree) -> dict[str, np.ndarray]:
+  """The tensors of a network by their names; see `tensor_name`."""
+  return {
+    tensor_name(path): _to_tensor(path, leaf)
+    for path, leaf in _named(params).items()
+  }
+
+
+def check_apart(target: pathlib.Path, origin: pathlib.Path) -> None:
+  """Raises `CheckpointError` where two folders are one."""
+  if target.exists() and target.samefile(origin):
+    raise _store.CheckpointError(
+      f"{target} is the folder that the parameters came from: choose another"
+      " one, so that nothing of it is lost."
+    )
+
+
+def copy_others(origin: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies configuration and tokenizer of a checkpoint."""
   for file in sorted(origin.rglob("*")):
     if file.suffix in (".json", ".txt") and file.name != _safetensors.INDEX:
       place = target / file.relative_to(origin)

@@ -4,6 +4,7 @@ from jaxmerge.data._dataset import DataError, Dataset
 from jaxmerge.data._load import load
 from jaxmerge.data._normalization import channel_moments, normalization
 from jaxmerge.data._splits import heterogeneous_split, plain_split
+from jaxmerge.data._templates import clip_templates
 from jaxmerge.data._texts import TextDataset, load_texts
 from jaxmerge.data._tokens import (
   length_buckets,
@@ -17,6 +18,7 @@ __all__ = (
   "Dataset",
   "TextDataset",
   "channel_moments",
+  "clip_templates",
   "heterogeneous_split",
   "length_buckets",
   "load",

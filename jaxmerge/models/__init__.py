@@ -6,7 +6,8 @@
 * `ViT`: a vision transformer.
 * `Bert`: a BERT-type encoder, `bert_from_config` that of a config.json;
   `mean_embedding` makes one vector a text of its hidden states.
-* `Clip`, whose encoders have `ClipSizes`; `clip_from_config`.
+* `Clip`, whose encoders have `ClipSizes`; `clip_from_config`, and
+  `clip_from_open_clip` of open_clip's.
 * `class_embeddings`: a frozen head of the names of classes.
 * `get`, `names`: the registry of named networks.
 """
@@ -18,7 +19,12 @@ from jaxmerge.models._bert import (
   mean_embedding,
 )
 from jaxmerge.models._class_embeddings import class_embeddings
-from jaxmerge.models._clip import Clip, ClipSizes, clip_from_config
+from jaxmerge.models._clip import (
+  Clip,
+  ClipSizes,
+  clip_from_config,
+  clip_from_open_clip,
+)
 from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
 from jaxmerge.models._norms import BatchNorm
@@ -41,6 +47,7 @@ __all__ = [
   "bert_from_config",
   "class_embeddings",
   "clip_from_config",
+  "clip_from_open_clip",
   "get",
   "mean_embedding",
   "names",

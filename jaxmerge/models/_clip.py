@@ -378,3 +378,72 @@ def clip_from_config(config: Mapping[str, Any], **options: Any) -> Clip:
     config.get("projection_dim", 512),
     **options,
   )
+
+
+def clip_from_open_clip(config: Mapping[str, Any], **options: Any) -> Clip:
+  """The network that an open_clip_config.json describes.
+
+  Args:
+    config: its `model_cfg`: `embed_dim`, `vision_cfg`, `text_cfg`, and
+      `quick_gelu` where it is so (OpenAI's weights).
+    **options: other attributes of `Clip`: dtype, remat.
+
+  Returns:
+    The network.
+
+  Raises:
+    ValueError: it has what `Clip` does not.
+
+  >>> tower = {"width": 768, "layers": 12}
+  >>> config = {"embed_dim": 512, "text_cfg": {"width": 512, "heads": 8}}
+  >>> clip_from_open_clip({**config, "vision_cfg": tower}).vision.patch
+  16
+  """
+  known = {
+    "vision_cfg": {
+      "image_size",
+      "layers",
+      "width",
+      "patch_size",
+      "head_width",
+      "mlp_ratio",
+    },
+    "text_cfg": {
+      "context_length",
+      "vocab_size",
+      "width",
+      "heads",
+      "layers",
+      "mlp_ratio",
+    },
+  }
+  for part, names in known.items():
+    unknown = sorted(set(config.get(part) or {}) - names)
+    if unknown:
+      raise ValueError(
+        f"{part} of open_clip_config.json has {unknown[0]!r}, which Clip has"
+        " not"
+      )
+  activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+  vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+
+  def sizes(part: Mapping[str, Any], width: int, heads: int) -> ClipSizes:
+    return ClipSizes(
+      dim=width,
+      depth=part.get("layers", 12),
+      heads=heads,
+      mlp_dim=int(width * part.get("mlp_ratio", 4.0)),
+      activation=activation,
+      image_size=part.get("image_size", 224),
+      patch=part.get("patch_size", 16),
+      vocab_size=part.get("vocab_size", 49408),
+      positions=part.get("context_length", 77),
+    )
+
+  wide, narrow = vision.get("width", 768), text.get("width", 512)
+  return Clip(
+    sizes(vision, wide, wide // vision.get("head_width", 64)),
+    sizes(text, narrow, text.get("heads", 8)),
+    config["embed_dim"],
+    **options,
+  )

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import struct
 import tempfile
+import unittest
 
 import chex
 import huggingface_hub
@@ -159,6 +160,41 @@ class HuggingFaceTest(parameterized.TestCase):
       with self.assertRaisesRegex(CheckpointError, "pickled.*weights_only"):
         hugging_face.load(source, _params())
     self.assertFalse((self.root / "trapped").exists())
+
+  def test_pickles_of_weights_alone_where_asked_for(self):
+    try:
+      import torch
+    except ImportError:
+      raise unittest.SkipTest("PyTorch is not installed") from None
+    params = _params()
+    hugging_face.save(self.root / "safe", params)
+    tensors = {
+      name: torch.tensor(value)
+      for name, value in safetensors_numpy.load_file(
+        self.root / "safe" / "model.safetensors"
+      ).items()
+    }
+    self.folder.mkdir()
+    path = self.folder / "pytorch_model.bin"
+    for content in (tensors, {"state_dict": tensors, "epoch": 3}):
+      torch.save(content, path)
+      for source in (self.folder, path):
+        found = hugging_face.load(source, _params(1), weights_only=True)
+        chex.assert_trees_all_equal(found, params)
+    torch.save(
+      {name: value.bfloat16() for name, value in tensors.items()}, path
+    )
+    found = hugging_face.load(self.folder, params, weights_only=True)
+    chex.assert_trees_all_close(found, params, rtol=1e-2)
+    path.write_bytes(pickle.dumps(_Trap(str(self.root / "trapped"))))
+    with self.assertRaisesRegex(CheckpointError, "more than weights"):
+      hugging_face.load(self.folder, params, weights_only=True)
+    self.assertFalse((self.root / "trapped").exists())
+
+  def test_no_pickles_where_asked_for(self):
+    self.folder.mkdir()
+    with self.assertRaisesRegex(CheckpointError, "no pickled weights"):
+      hugging_face.load(self.folder, _params(), weights_only=True)
 
   def _index(self, change):
     hugging_face.save(self.folder, _params(), max_shard_bytes=100)

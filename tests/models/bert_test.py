@@ -16,6 +16,7 @@ from scipy import special
 
 from jaxmerge import alignment, models
 from jaxmerge.checkpoints import _safetensors, hugging_face
+from tests.models import _noise
 
 SIZES = {
   "vocab_size": 40,
@@ -37,17 +38,7 @@ def _batch(vocab_size, length=9, count=4, seed=0):
 
 
 def _params(model, ids):
-  params = model.init(jax.random.key(0), ids)["params"]
-  # Nothing at its simple initial value, which could hide a wrong place.
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(
-    structure,
-    [
-      leaf + 0.3 * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ],
-  )
+  return _noise.noisy(model.init(jax.random.key(0), ids)["params"], 0.3)
 
 
 def _reference(tensors, ids, mask, heads, layers):
@@ -118,6 +109,43 @@ class BertTest(parameterized.TestCase):
     plain = model.apply({"params": params}, ids, mask).hidden
     chex.assert_trees_all_close(found[:, :9], plain, rtol=1e-5, atol=1e-5)
 
+  @parameterized.parameters({}, {"remat": True}, {"dtype": jnp.bfloat16})
+  def test_leaving_out_padding_changes_nothing(self, **options):
+    ids, mask = _batch(40)
+    params = _params(models.bert_from_config(SIZES), ids)
+    real = int(mask.sum())
+    self.assertLess(real + 3, ids.size)
+    vector = jax.random.normal(jax.random.key(2), (24,))
+
+    def loss(params, tokens):
+      model = models.bert_from_config(SIZES, tokens=tokens, **options)
+      hidden = model.apply({"params": params}, ids, mask).hidden
+      return (models.mean_embedding(hidden, mask) @ vector).sum(), hidden
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    (value, hidden), grads = step(params, None)
+    close = 2e-2 if "dtype" in options else 1e-4
+    for tokens in (real, real + 3):
+      (mine, packed), mine_grads = step(params, tokens)
+      np.testing.assert_allclose(mine, value, rtol=close, atol=close)
+      np.testing.assert_allclose(
+        np.asarray(packed, np.float32)[mask],
+        np.asarray(hidden, np.float32)[mask],
+        rtol=close,
+        atol=close,
+      )
+      self.assertFalse(np.asarray(packed, np.float32)[~mask].any())
+      chex.assert_trees_all_close(
+        mine_grads, grads, rtol=close, atol=10 * close
+      )
+
+  def test_more_tokens_than_there_is_room_for(self):
+    ids, mask = _batch(40)
+    params = _params(models.bert_from_config(SIZES), ids)
+    model = models.bert_from_config(SIZES, tokens=int(mask.sum()) - 1)
+    found = model.apply({"params": params}, ids, mask).hidden
+    self.assertTrue(np.isnan(found).all())
+
   def test_remat_and_half_types(self):
     ids, mask = _batch(40)
     params = _params(models.bert_from_config(SIZES), ids)
@@ -161,6 +189,7 @@ class BertTest(parameterized.TestCase):
     ({"heads": 5}, "heads=5 of Bert does not divide dim=768"),
     ({"depth": 0}, "depth of Bert must be positive"),
     ({"activation": "swish"}, "unknown activation 'swish'"),
+    ({"tokens": 0}, "tokens of Bert must be positive"),
   )
   def test_bad_attributes(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

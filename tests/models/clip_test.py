@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from jaxmerge import models
 from jaxmerge.checkpoints import hugging_face
+from tests.models import _noise
 
 VISION = models.ClipSizes(12, 2, 3, 20, image_size=8, patch=4)
 TEXT = models.ClipSizes(8, 2, 2, 16, vocab_size=30, positions=10, end=29)
@@ -28,23 +29,11 @@ def _inputs(vocab_size=30, end=29, side=8, length=10):
   return images, ids, np.arange(length) <= sizes[:, None]
 
 
-def _noisy(params):
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(
-    structure,
-    [
-      leaf + 0.2 * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ],
-  )
-
-
 class ClipTest(parameterized.TestCase):
   def _model(self, **options):
     model = models.Clip(VISION, TEXT, 6, **options)
     images, ids, mask = _inputs()
-    params = _noisy(
+    params = _noise.noisy(
       models.Clip(VISION, TEXT, 6).init(jax.random.key(0), images, ids)[
         "params"
       ]
