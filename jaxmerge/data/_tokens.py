@@ -138,8 +138,10 @@ def length_buckets(
   Raises:
     DataError: the sizes do not increase, or a text fits no bucket.
 
-  >>> [(size, rows.tolist())
-  ...  for size, rows in length_buckets(np.array([3, 9, 8]), (4, 8, 16))]
+  >>> [
+  ...   (size, rows.tolist())
+  ...   for size, rows in length_buckets(np.array([3, 9, 8]), (4, 8, 16))
+  ... ]
   [(4, [0]), (8, [2]), (16, [1])]
   """
   if not len(sizes) or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:

@@ -12,7 +12,9 @@ def _embed(texts):
   """Any vectors that depend on the texts alone."""
   return np.stack(
     [
-      np.random.default_rng(list(text.encode())).normal(size=5).astype("float32")
+      np.random.default_rng(list(text.encode()))
+      .normal(size=5)
+      .astype("float32")
       for text in texts
     ]
   )

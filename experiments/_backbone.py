@@ -1,0 +1,204 @@
+"""Pre-trained networks with a frozen head, and the sets they are tuned on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxmerge import data as data_lib
+from jaxmerge import models
+from jaxmerge.checkpoints import hugging_face
+
+PyTree = Any
+
+
+class Examples(NamedTuple):
+  """One split; a `jaxmerge.continual.streams.Source`.
+
+  Attributes:
+    inputs: what the network takes, `[n, ...]`.
+    labels: int32 `[n]`.
+    num_classes: number of classes.
+    buckets: the inputs sorted by size, each (inputs, their rows).
+  """
+
+  inputs: np.ndarray
+  labels: np.ndarray
+  num_classes: int
+  buckets: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+  """A pre-trained network, its frozen head, and a set.
+
+  Attributes:
+    params: theta_0, what is fine-tuned.
+    logits_fn: `logits_fn(params, inputs) -> [b, classes]`, the frozen head
+      included.
+    class_names: the classes.
+    train: what it is fine-tuned on.
+    validation: what settings are chosen by.
+    test: what is reported.
+    save: `save(folder, params)`, writes a checkpoint in Hugging Face's layout.
+    load: `load(folder) -> params`, reads one.
+    transform: augmentation of a training example, or None.
+  """
+
+  params: PyTree
+  logits_fn: Callable[[PyTree, Any], jax.Array]
+  class_names: tuple[str, ...]
+  train: Examples
+  validation: Examples
+  test: Examples
+  save: Callable[[pathlib.Path, PyTree], None]
+  load: Callable[[pathlib.Path], PyTree]
+  transform: Callable[[jax.Array, PyTree], PyTree] | None = None
+
+
+def find_model(source: str, package: str = "") -> pathlib.Path:
+  """The folder of a checkpoint.
+
+  Args:
+    source: a folder, or a hub's id.
+    package: "<python package>/<folder in it>" that holds it, too, and is looked
+      for first; "" for none.
+
+  Returns:
+    The folder.
+
+  Raises:
+    CheckpointError: it cannot be had; the message says what to do.
+  """
+  if package and not pathlib.Path(source).is_dir():
+    name, _, inner = package.partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None:
+      folder = pathlib.Path(spec.origin).parent / inner
+      if folder.is_dir():
+        return folder
+  return hugging_face.locate(source)
+
+
+def _token_budget(lengths: np.ndarray, batch: int) -> int:
+  """Tokens that nearly every random batch stays within, 98 of 100."""
+  spread = 2 * lengths.std() * math.sqrt(batch)
+  return 16 * math.ceil((lengths.mean() * batch + spread) / 16)
+
+
+def _embedder(
+  model: models.Bert, pad_id: int, length: int, lengths: np.ndarray
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+  """`embed(params, ids) -> [b, dim]`, of length 1."""
+
+  def run(network: models.Bert, params: PyTree, ids: jax.Array) -> jax.Array:
+    mask = ids != pad_id
+    hidden = network.apply({"params": params}, ids, mask).hidden
+    return models.mean_embedding(hidden, mask)
+
+  def embed(params: PyTree, ids: jax.Array) -> jax.Array:
+    budget = _token_budget(lengths, len(ids))
+    if ids.shape[1] != length or budget > 0.9 * ids.size:
+      return run(model, params, ids)
+    packed = model.clone(tokens=budget)
+    # A batch that does not fit is computed with its padding.
+    return jax.lax.cond(
+      (ids != pad_id).sum(dtype=jnp.int32) <= budget,
+      lambda: run(packed, params, ids),
+      lambda: run(model, params, ids),
+    )
+
+  return embed
+
+
+def texts(
+  config: ml_collections.ConfigDict, data_dir: str | os.PathLike[str] | None
+) -> Backbone:
+  """A BERT-type encoder of sentences, and a set of texts.
+
+  Args:
+    config: the configuration: `model`, `dataset`, `length`, `buckets`,
+      `logit_scale`, `templates`.
+    data_dir: folder of the set.
+
+  Returns:
+    The backbone; its head is the embeddings of the class names by theta_0.
+
+  Raises:
+    ValueError: something cannot be had or does not fit.
+  """
+  folder = find_model(config.model.source, config.model.package)
+  raw = hugging_face.read_config(folder)
+  dtype = jnp.dtype(config.model.dtype) if config.model.dtype else None
+  model = models.bert_from_config(raw, dtype=dtype, remat=config.model.remat)
+  pad_id = int(raw.get("pad_token_id") or 0)
+  like = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
+  )["params"]
+  ignore = (r"(.*\.)?pooler\..*", r"cls\..*")
+
+  def load(where: pathlib.Path) -> PyTree:
+    return jax.tree.map(
+      jnp.asarray, hugging_face.load(where, like, ignore=ignore)
+    )
+
+  params = load(folder)
+  tokenizer = data_lib.load_tokenizer(
+    folder, vocab_size=model.vocab_size, pad_id=pad_id
+  )
+  if max(config.length, *config.buckets) > model.positions:
+    raise ValueError(
+      f"length {config.length} and buckets {tuple(config.buckets)} must not be "
+      f"above the {model.positions} positions of the network."
+    )
+  longest = max(config.buckets)
+  parts = {}
+  for split in ("train", "validation", "test"):
+    found = data_lib.load_texts(config.dataset, split, data_dir=data_dir)
+    whole = data_lib.tokenize(
+      tokenizer, found.texts, length=longest, pad_id=pad_id
+    )
+    cut = data_lib.tokenize(
+      tokenizer, found.texts, length=config.length, pad_id=pad_id
+    )
+    lengths = data_lib.text_lengths(whole, pad_id)
+    buckets = tuple(
+      (whole[rows, :size], rows)
+      for size, rows in data_lib.length_buckets(lengths, config.buckets)
+    )
+    parts[split] = Examples(cut, found.labels, found.num_classes, buckets)
+  names = tuple(name.replace("_", " ") for name in found.class_names)
+  lengths = data_lib.text_lengths(parts["train"].inputs, pad_id)
+  embed = _embedder(model, pad_id, config.length, lengths)
+  jitted = jax.jit(embed)
+
+  def embed_names(given: list[str]) -> jax.Array:
+    ids = data_lib.tokenize(tokenizer, given, length=longest, pad_id=pad_id)
+    return jitted(params, ids)
+
+  head = models.class_embeddings(embed_names, names, tuple(config.templates))
+  scale = config.logit_scale
+
+  def logits_fn(params: PyTree, ids: jax.Array) -> jax.Array:
+    return scale * (embed(params, ids) @ head.T)
+
+  return Backbone(
+    params=params,
+    logits_fn=logits_fn,
+    class_names=names,
+    train=parts["train"],
+    validation=parts["validation"],
+    test=parts["test"],
+    save=hugging_face.save,
+    load=load,
+  )

