@@ -63,6 +63,7 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(name: str, given: Any) -> continual.Training:
+  """Settings of a training run from their entry in a configuration."""
   try:
     return continual.Training(**given)
   except TypeError as error:
@@ -73,9 +74,9 @@ def settings(name: str, given: Any) -> continual.Training:
 
 
 def _finetune(label: str, given: dict[str, Any]) -> continual.Finetune:
-  settings = settings(f"{label}.finetune", given.get("training", {}))
+  tuned = settings(f"{label}.finetune", given.get("training", {}))
   try:
-    return continual.Finetune(**{**given, "training": settings})
+    return continual.Finetune(**{**given, "training": tuned})
   except TypeError as error:
     raise ValueError(
       f"{label}.finetune: {error}. The fields are "

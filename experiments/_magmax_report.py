@@ -191,9 +191,9 @@ def render(kept: dict[str, Results]) -> str:
     "# MagMax on a pre-trained network",
     "",
     "Made by `python -m experiments.magmax --publish`; figures from",
-    "`experiments/results/magmax.json`. Every row, its recipes and coefficients",
-    "are in `experiments/configs/magmax.py`; BUILD_NOTES.md says how they were",
-    "chosen.",
+    "`experiments/results/magmax.json`. Every row, its recipes and its",
+    "coefficients are in `experiments/configs/magmax.py`; BUILD_NOTES.md says",
+    "how they were chosen.",
     "",
     summary(kept).rstrip(),
   ]

@@ -90,7 +90,7 @@ def _base() -> ml_collections.ConfigDict:
   config.recipes = ml_collections.ConfigDict(
     {
       "lr-5e-5": {"learning_rate": 5e-5},
-      "lr-1.5e-4": {"learning_rate": 1.5e-4},
+      "lr-15e-5": {"learning_rate": 1.5e-4},
     }
   )
   config.learners = ml_collections.ConfigDict(
@@ -107,8 +107,8 @@ def _base() -> ml_collections.ConfigDict:
         # Instead of the recipes of all.
         "recipes": {
           "lr-5e-5-w-1e5": {"learning_rate": 5e-5, "weight": 1e5},
-          "lr-1.5e-4-w-1e5": {"learning_rate": 1.5e-4, "weight": 1e5},
-          "lr-1.5e-4-w-1e7": {"learning_rate": 1.5e-4, "weight": 1e7},
+          "lr-15e-5-w-1e5": {"learning_rate": 1.5e-4, "weight": 1e5},
+          "lr-15e-5-w-1e7": {"learning_rate": 1.5e-4, "weight": 1e7},
         },
       },
     }

@@ -72,11 +72,11 @@ def ewc(
       penalty = weight / 2 * sum_i sum_t F_{t,i} (theta_i - theta_{t,i})^2
 
   with F_t the diagonal of the Fisher information of task t's network on task
-  t's data, per example, over the classes of `head`, and theta_t that network. The sum of squares is kept as
-  one square, of precision sum_t F_t around the weighted mean of the theta_t,
-  from which it differs by a constant: the memory does not grow. Online, the
-  precision is F_t + decay * (the precision before), around the last theta_t
-  alone.
+  t's data, per example, over the classes of `head`, and theta_t that network.
+  The sum of squares is kept as one square, of precision sum_t F_t around the
+  weighted mean of the theta_t, from which it differs by a constant: the memory
+  does not grow. Online, the precision is F_t + decay * (the precision before),
+  around the last theta_t alone.
 
   Args:
     weight: strength of the penalty, positive.

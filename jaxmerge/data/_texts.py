@@ -83,7 +83,8 @@ def load_texts(
   """
   if name not in TEXT_SETS:
     raise DataError(
-      f"there is no set of texts {name!r}: choose one of {', '.join(TEXT_SETS)}."
+      f"there is no set of texts {name!r}: choose one of"
+      f" {', '.join(TEXT_SETS)}."
     )
   if split not in TEXT_SETS[name]:
     raise DataError(

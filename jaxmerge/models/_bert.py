@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from jaxmerge.models import _packing, _transformer
 
-
 # The mask of a batch, or where its real tokens are.
 _Where = _packing.Packing | jax.Array | None
 
