@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -23,19 +24,20 @@ PyTree = Any
 
 
 class Examples(NamedTuple):
-  """One split; a `jaxmerge.continual.streams.Source`.
+  """Examples of a set; a `jaxmerge.continual.streams.Source`.
 
   Attributes:
-    inputs: what the network takes, `[n, ...]`.
+    inputs: what the network is trained on, `[n, ...]`.
     labels: int32 `[n]`.
     num_classes: number of classes.
-    buckets: the inputs sorted by size, each (inputs, their rows).
+    buckets: what it is evaluated on, sorted by size: each the inputs and their
+      rows.
   """
 
-  inputs: np.ndarray
+  inputs: Any
   labels: np.ndarray
   num_classes: int
-  buckets: tuple[tuple[np.ndarray, np.ndarray], ...]
+  buckets: tuple[tuple[Any, np.ndarray], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,23 +49,28 @@ class Backbone:
     logits_fn: `logits_fn(params, inputs) -> [b, classes]`, the frozen head
       included.
     class_names: the classes.
-    train: what it is fine-tuned on.
-    validation: what settings are chosen by.
+    pool: what it is fine-tuned on, and what settings are chosen by.
+    held_out: rows of the pool that settings are chosen by, sorted.
     test: what is reported.
     save: `save(folder, params)`, writes a checkpoint in Hugging Face's layout.
     load: `load(folder) -> params`, reads one.
-    transform: augmentation of a training example, or None.
+    export: `export(folder, params)`, writes one that has all that other
+      libraries need: configuration, tokenizer, frozen parts.
+    augment_on_host: see `jaxmerge.continual.Problem`.
   """
 
   params: PyTree
   logits_fn: Callable[[PyTree, Any], jax.Array]
   class_names: tuple[str, ...]
-  train: Examples
-  validation: Examples
+  pool: Examples
+  held_out: np.ndarray
   test: Examples
   save: Callable[[pathlib.Path, PyTree], None]
   load: Callable[[pathlib.Path], PyTree]
-  transform: Callable[[jax.Array, PyTree], PyTree] | None = None
+  export: Callable[[pathlib.Path, PyTree], None]
+  augment_on_host: (
+    Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
+  ) = None
 
 
 def find_model(source: str, package: str = "") -> pathlib.Path:
@@ -162,23 +169,29 @@ def texts(
       f"above the {model.positions} positions of the network."
     )
   longest = max(config.buckets)
-  parts = {}
-  for split in ("train", "validation", "test"):
-    found = data_lib.load_texts(config.dataset, split, data_dir=data_dir)
-    whole = data_lib.tokenize(
-      tokenizer, found.texts, length=longest, pad_id=pad_id
-    )
+  train, validation, test = (
+    data_lib.load_texts(config.dataset, split, data_dir=data_dir)
+    for split in ("train", "validation", "test")
+  )
+
+  def examples(*parts: data_lib.TextDataset) -> Examples:
+    given = [text for part in parts for text in part.texts]
+    whole = data_lib.tokenize(tokenizer, given, length=longest, pad_id=pad_id)
     cut = data_lib.tokenize(
-      tokenizer, found.texts, length=config.length, pad_id=pad_id
+      tokenizer, given, length=config.length, pad_id=pad_id
     )
     lengths = data_lib.text_lengths(whole, pad_id)
     buckets = tuple(
       (whole[rows, :size], rows)
       for size, rows in data_lib.length_buckets(lengths, config.buckets)
     )
-    parts[split] = Examples(cut, found.labels, found.num_classes, buckets)
-  names = tuple(name.replace("_", " ") for name in found.class_names)
-  lengths = data_lib.text_lengths(parts["train"].inputs, pad_id)
+    labels = np.concatenate([part.labels for part in parts])
+    return Examples(cut, labels, train.num_classes, buckets)
+
+  pool = examples(train, validation)
+  names = tuple(name.replace("_", " ") for name in train.class_names)
+  count = len(train.labels)
+  lengths = data_lib.text_lengths(pool.inputs[:count], pad_id)
   embed = _embedder(model, pad_id, config.length, lengths)
   jitted = jax.jit(embed)
 
@@ -196,9 +209,10 @@ def texts(
     params=params,
     logits_fn=logits_fn,
     class_names=names,
-    train=parts["train"],
-    validation=parts["validation"],
-    test=parts["test"],
+    pool=pool,
+    held_out=np.arange(count, len(pool.labels), dtype=np.int32),
+    test=examples(test),
     save=hugging_face.save,
     load=load,
+    export=functools.partial(hugging_face.save, source=folder),
   )

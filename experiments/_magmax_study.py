@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import _backbone, _continual_study
+from experiments import _backbone, _backbone_images, _continual_study
 from jaxmerge import checkpoints, continual, merging
 from jaxmerge import tree as tree_lib
 from jaxmerge.continual import strategies, streams
@@ -80,9 +80,10 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
     if row.rule:
       _rule(name, row)
     rows[name] = row._replace(grid=tuple(row.grid))
-  unknown = sorted(set(config.curves) - set(rows))
-  if unknown:
-    raise ValueError(f"curves names {unknown[0]!r}, which is no row.")
+  for field in ("curves", "export"):
+    unknown = sorted(set(config[field]) - set(rows))
+    if unknown:
+      raise ValueError(f"{field} names {unknown[0]!r}, which is no row.")
   if not config.recipes or not config.orders:
     raise ValueError("recipes and orders must name at least one each.")
   study = Study(config, backbone=_load(config, data_dir), rows=rows)
@@ -97,7 +98,7 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
 def _load(
   config: ml_collections.ConfigDict, data_dir: str | None
 ) -> _backbone.Backbone:
-  kinds = {"texts": _backbone.texts}
+  kinds = {"texts": _backbone.texts, "images": _backbone_images.images}
   if config.kind not in kinds:
     raise ValueError(
       f"Unknown kind {config.kind!r}. Choose one of {', '.join(kinds)}."
@@ -122,21 +123,16 @@ def _rule(name: str, row: Row) -> merging.RegisteredMethod:
 
 
 def stream(study: Study, order: int) -> streams.Stream:
-  """The tasks in one of the class orders, with the set's own validation split.
+  """The tasks in one of the class orders.
 
   Args:
     study: the study.
     order: place in `config.orders`.
 
   Returns:
-    The stream; its training pool holds the validation examples behind the
-    others.
+    The stream; the backbone says which examples are for validation.
   """
   back, config = study.backbone, study.config
-  train = back.train._replace(
-    inputs=np.concatenate([back.train.inputs, back.validation.inputs]),
-    labels=np.concatenate([back.train.labels, back.validation.labels]),
-  )
   given = config.orders[order]
   options: dict[str, Any]
   if isinstance(given, int):
@@ -144,17 +140,17 @@ def stream(study: Study, order: int) -> streams.Stream:
   else:
     options = {"order": tuple(given)}
   found = streams.class_incremental(
-    train, back.test, num_tasks=config.num_tasks, **options
+    back.pool, back.test, num_tasks=config.num_tasks, **options
   )
-  count = len(back.train.labels)
-  tasks = tuple(
-    task._replace(
-      train=task.train[task.train < count],
-      validation=task.train[task.train >= count],
+  tasks = []
+  for task in found.tasks:
+    held_out = np.isin(task.train, back.held_out)
+    tasks.append(
+      task._replace(
+        train=task.train[~held_out], validation=task.train[held_out]
+      )
     )
-    for task in found.tasks
-  )
-  return found._replace(tasks=tasks)
+  return found._replace(tasks=tuple(tasks))
 
 
 def problem(study: Study, order: int) -> continual.Problem:
@@ -165,7 +161,7 @@ def problem(study: Study, order: int) -> continual.Problem:
     study.backbone.logits_fn,
     jax.tree.map(lambda leaf: leaf[None], study.backbone.params),
     keys=key[None],
-    transform=study.backbone.transform,
+    augment_on_host=study.backbone.augment_on_host,
     devices=study.config.devices or None,
   )
 

@@ -63,11 +63,29 @@ def predictions(
 
 
 def accuracy(
-  logits_fn: LogitsFn, params: PyTree, examples: _backbone.Examples
+  logits_fn: LogitsFn,
+  params: PyTree,
+  examples: _backbone.Examples,
+  rows: np.ndarray | None = None,
+  *,
+  batch_size: int = 100,
 ) -> float:
-  """The share of all examples of a split that are classified rightly."""
-  found = predictions(logits_fn, params, examples)
-  return float((found == examples.labels).mean())
+  """The share of some examples that are classified rightly.
+
+  Args:
+    logits_fn: see `predictions`, and so are the others.
+    params: the parameters.
+    examples: the split.
+    rows: which examples; None for all.
+    batch_size: how many at a time.
+
+  Returns:
+    In [0, 1].
+  """
+  if rows is None:
+    rows = np.arange(len(examples.labels))
+  found = predictions(logits_fn, params, examples, rows, batch_size=batch_size)
+  return float((found == examples.labels[rows]).mean())
 
 
 def task_accuracies(
@@ -75,6 +93,8 @@ def task_accuracies(
   params: PyTree,
   examples: _backbone.Examples,
   tasks: list[np.ndarray],
+  *,
+  batch_size: int = 100,
 ) -> list[float]:
   """The accuracy on the examples of each task, among all classes.
 
@@ -83,12 +103,13 @@ def task_accuracies(
     params: the parameters.
     examples: the split.
     tasks: the rows of each task.
+    batch_size: how many at a time.
 
   Returns:
     In [0, 1], one a task.
   """
   rows = np.sort(np.concatenate(tasks))
   hits = np.zeros(len(examples.labels), bool)
-  found = predictions(logits_fn, params, examples, rows)
+  found = predictions(logits_fn, params, examples, rows, batch_size=batch_size)
   hits[rows] = found == examples.labels[rows]
   return [float(hits[task].mean()) for task in tasks]

@@ -94,12 +94,22 @@ class _Cell:
 
   def _accuracy(self, params: Any) -> float:
     back = self.study.backbone
-    return _predictions.accuracy(back.logits_fn, params, back.validation)
+    return _predictions.accuracy(
+      back.logits_fn,
+      params,
+      back.pool,
+      back.held_out,
+      batch_size=self.study.config.eval_batch_size,
+    )
 
-  def _tests(self, params: Any, tasks: int) -> list[float]:
+  def _tests(self, params: Any, rows: list[np.ndarray]) -> list[float]:
     back = self.study.backbone
     return _predictions.task_accuracies(
-      back.logits_fn, params, back.test, self.tests[:tasks]
+      back.logits_fn,
+      params,
+      back.test,
+      rows,
+      batch_size=self.study.config.eval_batch_size,
     )
 
   def _last(self, learner: str, recipe: str, names: Sequence[str]) -> Any:
@@ -154,17 +164,16 @@ class _Cell:
   def _own(self, learner: str, recipe: str, split: str) -> float:
     """Mean accuracy of each task's own network on its own examples."""
     back = self.study.backbone
-    examples = back.test if split == "test" else back.validation
     folder = self.networks(learner, recipe)
     found = []
     for number, task in enumerate(self.problem.stream.tasks):
-      rows = task.test
-      if split != "test":
-        # Behind the training examples in the pool.
-        rows = task.validation - len(back.train.labels)
       params = back.load(_magmax_study.expert(folder, number))
       found += _predictions.task_accuracies(
-        back.logits_fn, params, examples, [rows]
+        back.logits_fn,
+        params,
+        back.test if split == "test" else back.pool,
+        [getattr(task, split)],
+        batch_size=self.study.config.eval_batch_size,
       )
     return float(np.mean(found))
 
@@ -235,6 +244,17 @@ class _Cell:
 
     return self._json(f"tests/{learner}", make)
 
+  def _export(
+    self, merged: Callable[[str], Any], wanted: dict[tuple[str, str], Any]
+  ) -> None:
+    """Writes the networks of some rows for other libraries."""
+    for name in self.study.config.export:
+      if (name, "chosen") in wanted:
+        scale = wanted[name, "chosen"]["scale"]
+        self.study.backbone.export(
+          self.folder.parent / "merged" / name, self._at(merged(name), scale)
+        )
+
   def _measured(
     self, learner: str, recipe: str, wanted: dict[tuple[str, str], Any]
   ) -> dict[tuple[str, str], Any]:
@@ -265,7 +285,7 @@ class _Cell:
         scale = wanted[place]["scale"]
         if (name, scale, task) not in known:
           params = self._at(merged(name), scale)
-          known[name, scale, task] = self._tests(params, task + 1)
+          known[name, scale, task] = self._tests(params, self.tests[: task + 1])
         matrix[task, : task + 1] = known[name, scale, task]
 
     if self.study.rows[names[0]].learner == "joint":
@@ -282,6 +302,8 @@ class _Cell:
       ):
         for name in ends if task == total - 1 else curves:
           measure(merged, name, task)
+        if task == total - 1 and not self.order:
+          self._export(merged, wanted)
         self.say(f"{learner}--{recipe}: test after task {task + 1}")
     for place, matrix in matrices.items():
       entries[place]["matrix"] = [
@@ -326,7 +348,12 @@ def run(
   # The study first: a bad configuration must leave no workdir behind.
   study = _magmax_study.build(config, data_dir)
   back = study.backbone
-  zero_shot = _predictions.accuracy(back.logits_fn, back.params, back.test)
+  zero_shot = _predictions.accuracy(
+    back.logits_fn,
+    back.params,
+    back.test,
+    batch_size=config.eval_batch_size,
+  )
   rows: dict[str, dict[str, list[Any]]] = {
     name: {variant: [] for variant in VARIANTS} for name in study.rows
   }

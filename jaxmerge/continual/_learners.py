@@ -265,20 +265,44 @@ def run(
     The result, with the axis of seeds.
   """
   plan = _training.plan(settings, rows)
+  data, indices = _data(problem, plan.rows, keys)
   return training.train(
     _objective.loss_fn(problem.logits_fn, terms),
     params,
-    problem.train,
+    data,
     optimizer=plan.optimizer,
     epochs=plan.epochs,
     batch_size=plan.batch_size,
     keys=keys,
     frozen=frozen,
     state=state,
-    indices=plan.rows,
+    indices=indices,
     transform=problem.transform if settings.augment else None,
     draw=_draw(terms.replay_batch) if terms.replay_batch else None,
+    devices=problem.train.devices,
   )
+
+
+def _data(
+  problem: _problem.Problem, rows: np.ndarray, keys: jax.Array
+) -> tuple[Any, np.ndarray]:
+  """The examples of a run, and which of them it goes through."""
+  augment = problem.augment_on_host
+  if augment is None:
+    return problem.train, rows
+  words = np.asarray(jax.random.key_data(keys[0])).tolist()
+  pool = problem.stream.train
+
+  def make(epoch: int) -> dict[str, np.ndarray]:
+    draws = np.random.Generator(np.random.PCG64([*words, epoch]))
+    return {
+      "input": augment(rows[0], draws),
+      "label": pool["label"][rows[0]],
+      "task": pool["task"][rows[0]],
+    }
+
+  every = np.arange(rows.shape[1], dtype=np.int32)
+  return training.HostData(make, rows.shape[1]), every[None]
 
 
 def learn(

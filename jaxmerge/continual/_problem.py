@@ -20,6 +20,9 @@ PyTree = Any
 LogitsFn = Callable[[PyTree, Any], jax.Array]
 
 
+AugmentOnHost = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
 class Keep(Protocol):
   """Keeps what takes long to make: on disk, say."""
 
@@ -60,6 +63,11 @@ class Problem:
       device, or None.
     spec: the network's permutation specification; None for one that
       `jaxmerge.alignment.derive_spec` finds.
+    augment_on_host: `augment_on_host(rows, draws) -> inputs` makes the inputs
+      of an epoch from rows of the training pool and a `numpy.random.Generator`,
+      while the devices work on the epoch before: for inputs that are decoded
+      or changed on the host, or too many for the devices. None for a pool that
+      lies on the devices.
     keep: keeps what takes long to make; by default nothing but memory does.
     memo: what has been made in this process.
   """
@@ -73,6 +81,7 @@ class Problem:
   replay: replay_lib.Replay | None = None
   transform: Callable[[jax.Array, PyTree], PyTree] | None = None
   spec: alignment.PermutationSpec | None = None
+  augment_on_host: AugmentOnHost | None = None
   keep: Keep = _make
   memo: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -117,10 +126,7 @@ class Problem:
 
   def examples(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Training examples by row, leaves of the rows' shape and more."""
-    return {
-      name: np.asarray(values)[rows]
-      for name, values in self.stream.train.items()
-    }
+    return {name: values[rows] for name, values in self.stream.train.items()}
 
   def once(
     self, name: str, make: Callable[[], PyTree], like: Callable[[], PyTree]
@@ -140,6 +146,7 @@ def make_problem(
   replay: replay_lib.Replay | None = None,
   transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
   spec: alignment.PermutationSpec | None = None,
+  augment_on_host: AugmentOnHost | None = None,
   devices: Sequence[jax.Device] | int | None = None,
 ) -> Problem:
   """Puts a stream on the devices.
@@ -152,14 +159,21 @@ def make_problem(
     replay: see `Problem`.
     transform: see `Problem`.
     spec: see `Problem`.
+    augment_on_host: see `Problem`; for one seed.
     devices: as in `training.resolve_devices`.
 
   Returns:
     The problem.
 
   Raises:
-    ValueError: the leaves have not one leading axis of seeds.
+    ValueError: the leaves have not one leading axis of seeds, or there are
+      several and the inputs are made on the host.
   """
+  if augment_on_host is not None and len(keys) != 1:
+    raise ValueError(
+      f"augment_on_host is for one seed, got {len(keys)} keys: make a problem"
+      " for each."
+    )
   params = jax.tree.map(jnp.asarray, params)
   for leaf in jax.tree.leaves(params):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -173,16 +187,23 @@ def make_problem(
         f"keys has, got shape {leaf.shape}. Initialise with jax.vmap over the "
         "seeds."
       )
+
+  def place(pool: dict[str, Any]) -> training.Replicated:
+    if augment_on_host is not None:
+      pool = {name: pool[name] for name in ("label", "task")}
+    return training.replicate(dict(pool), devices)
+
   return Problem(
     stream=stream,
     logits_fn=logits_fn,
     params=params,
     keys=keys,
-    train=training.replicate(dict(stream.train), devices),
-    test=training.replicate(dict(stream.test), devices),
+    train=place(stream.train),
+    test=place(stream.test),
     replay=replay,
     transform=transform,
     spec=spec,
+    augment_on_host=augment_on_host,
   )
 
 
@@ -318,8 +339,14 @@ def accuracies(
     float64 `[seeds, tasks]`, in [0, 1].
 
   Raises:
-    ValueError: an unknown split, or there are no validation examples.
+    ValueError: an unknown split, there are no validation examples, or the
+      inputs are not on the devices.
   """
+  if problem.augment_on_host is not None:
+    raise ValueError(
+      "The inputs of this problem are made on the host, not on the devices:"
+      " evaluate its networks on batches of them."
+    )
   tasks = problem.stream.tasks
   if split not in ("test", "validation"):
     raise ValueError(f"Unknown split {split!r}. Choose test or validation.")

@@ -1,6 +1,13 @@
 """Data sets as arrays: images (embedded digits, TFDS sets), texts, tokens."""
 
 from jaxmerge.data._dataset import DataError, Dataset
+from jaxmerge.data._lazy_images import (
+  ImageSource,
+  LazyImages,
+  clip_augment,
+  clip_preprocess,
+  open_images,
+)
 from jaxmerge.data._load import load
 from jaxmerge.data._normalization import channel_moments, normalization
 from jaxmerge.data._splits import heterogeneous_split, plain_split
@@ -16,8 +23,12 @@ from jaxmerge.data._tokens import (
 __all__ = (
   "DataError",
   "Dataset",
+  "ImageSource",
+  "LazyImages",
   "TextDataset",
   "channel_moments",
+  "clip_augment",
+  "clip_preprocess",
   "clip_templates",
   "heterogeneous_split",
   "length_buckets",
@@ -25,6 +36,7 @@ __all__ = (
   "load_texts",
   "load_tokenizer",
   "normalization",
+  "open_images",
   "plain_split",
   "text_lengths",
   "tokenize",

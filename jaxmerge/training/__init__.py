@@ -16,6 +16,7 @@ from jaxmerge.training._fit import (
   fit,
   train,
 )
+from jaxmerge.training._host_data import HostData
 from jaxmerge.training._optimizers import Optimizer, sgd
 from jaxmerge.training._schedules import constant_linear_flat
 from jaxmerge.training._state import DEVICE_AXIS, Context, TrainState
@@ -24,6 +25,7 @@ __all__ = [
   "DEVICE_AXIS",
   "Checkpoints",
   "Context",
+  "HostData",
   "NonFiniteLossError",
   "Optimizer",
   "Plan",

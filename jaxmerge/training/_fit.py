@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,7 +14,13 @@ import numpy as np
 import tqdm
 
 from jaxmerge import tree as tree_lib
-from jaxmerge.training import _devices, _epoch, _optimizers, _state
+from jaxmerge.training import (
+  _devices,
+  _epoch,
+  _host_data,
+  _optimizers,
+  _state,
+)
 
 PyTree = Any
 Record = dict[str, Any]
@@ -146,7 +153,8 @@ def train(
       of metrics of the same form. With `state`, it returns
       `(losses, metrics, new_state)`.
     params: floating-point leaves with a leading axis of seeds.
-    data: pytree of arrays `[examples, ...]`, or a `Replicated`.
+    data: pytree of arrays `[examples, ...]`, a `Replicated`, or a `HostData`,
+      which makes them anew for every epoch.
     optimizer: an `Optimizer`, for instance from `sgd`.
     epochs: number of epochs, at least 1.
     batch_size: global batch size, divisible by the number of devices. The
@@ -205,10 +213,13 @@ def train(
       "epochs and checkpoint_every must be at least 1, got "
       f"{epochs} and {checkpoint_every}."
     )
-  if not isinstance(data, _devices.Replicated):
-    data = _devices.replicate(data, devices)
-  chosen = data.devices
-  total = _num_examples(data.value, axis=1)
+  if isinstance(data, _host_data.HostData):
+    chosen, total = _devices.resolve_devices(devices), data.examples
+  else:
+    if not isinstance(data, _devices.Replicated):
+      data = _devices.replicate(data, devices)
+    chosen = data.devices
+    total = _num_examples(data.value, axis=1)
   seeds = len(keys)
   if indices is None:
     indices = np.broadcast_to(np.arange(total, dtype=np.int32), (seeds, total))
@@ -262,6 +273,12 @@ def train(
     for record in history:
       on_epoch(record)
   run_state, frozen, rows, keys = place((run_state, frozen, indices, keys))
+  remaining = range(done, epochs)
+  examples: Iterator[_devices.Replicated] = (
+    _host_data.prefetched(data, remaining, chosen)
+    if isinstance(data, _host_data.HostData)
+    else itertools.repeat(data)
+  )
   with tqdm.tqdm(
     total=epochs * seeds * plan.examples,
     initial=done * seeds * plan.examples,
@@ -270,10 +287,10 @@ def train(
     unit="ex",
     unit_scale=True,
   ) as bar:
-    for epoch in range(done, epochs):
+    for epoch, given in zip(remaining, examples, strict=False):
       start = time.perf_counter()
       with jax.transfer_guard("disallow"):
-        run_state, metrics = run(run_state, frozen, rows, keys, data.value)
+        run_state, metrics = run(run_state, frozen, rows, keys, given.value)
       host = _devices.first_replica(metrics)
       first_step = epoch * plan.steps
       _check_finite(host["loss"], first_step, optimizer)
