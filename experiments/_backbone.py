@@ -48,6 +48,7 @@ class Backbone:
     params: theta_0, what is fine-tuned.
     logits_fn: `logits_fn(params, inputs) -> [b, classes]`, the frozen head
       included.
+    head: the frozen head, `[classes, dim]`, the scale included.
     class_names: the classes.
     pool: what it is fine-tuned on, and what settings are chosen by.
     held_out: rows of the pool that settings are chosen by, sorted.
@@ -61,6 +62,7 @@ class Backbone:
 
   params: PyTree
   logits_fn: Callable[[PyTree, Any], jax.Array]
+  head: jax.Array
   class_names: tuple[str, ...]
   pool: Examples
   held_out: np.ndarray
@@ -97,10 +99,10 @@ def find_model(source: str, package: str = "") -> pathlib.Path:
   return hugging_face.locate(source)
 
 
-def _token_budget(lengths: np.ndarray, batch: int) -> int:
-  """Tokens that nearly every random batch stays within, 98 of 100."""
+def _num_rows(lengths: np.ndarray, batch: int, length: int) -> int:
+  """Rows that nearly every random batch of texts fits into, 98 of 100."""
   spread = 2 * lengths.std() * math.sqrt(batch)
-  return 16 * math.ceil((lengths.mean() * batch + spread) / 16)
+  return 1 + math.ceil((lengths.mean() * batch + spread) / length)
 
 
 def _embedder(
@@ -108,21 +110,23 @@ def _embedder(
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
   """`embed(params, ids) -> [b, dim]`, of length 1."""
 
-  def run(network: models.Bert, params: PyTree, ids: jax.Array) -> jax.Array:
-    mask = ids != pad_id
-    hidden = network.apply({"params": params}, ids, mask).hidden
-    return models.mean_embedding(hidden, mask)
+  def run(
+    params: PyTree, ids: jax.Array, mask: jax.Array | models.Packing
+  ) -> jax.Array:
+    hidden = model.apply({"params": params}, ids, mask).hidden
+    return models.mean_embedding(hidden, ids != pad_id)
 
   def embed(params: PyTree, ids: jax.Array) -> jax.Array:
-    budget = _token_budget(lengths, len(ids))
-    if ids.shape[1] != length or budget > 0.9 * ids.size:
-      return run(model, params, ids)
-    packed = model.clone(tokens=budget)
+    mask = ids != pad_id
+    rows = _num_rows(lengths, len(ids), length)
+    if ids.shape[1] != length or rows > 0.9 * len(ids):
+      return run(params, ids, mask)
+    packing = models.pack_texts(mask, rows)
     # A batch that does not fit is computed with its padding.
     return jax.lax.cond(
-      (ids != pad_id).sum(dtype=jnp.int32) <= budget,
-      lambda: run(packed, params, ids),
-      lambda: run(model, params, ids),
+      packing.fits,
+      lambda: run(params, ids, packing),
+      lambda: run(params, ids, mask),
     )
 
   return embed
@@ -208,6 +212,7 @@ def texts(
   return Backbone(
     params=params,
     logits_fn=logits_fn,
+    head=scale * head,
     class_names=names,
     pool=pool,
     held_out=np.arange(count, len(pool.labels), dtype=np.int32),

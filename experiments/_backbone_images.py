@@ -190,6 +190,7 @@ def images(
   return _backbone.Backbone(
     params=params,
     logits_fn=logits_fn,
+    head=head,
     class_names=names,
     pool=examples(train),
     held_out=np.sort(held_out),

@@ -148,7 +148,8 @@ def random_clip() -> pathlib.Path:
       "intermediate_size": 64,
       "vocab_size": tokenizer.get_vocab_size(),
       "max_position_embeddings": 16,
-      "eos_token_id": tokenizer.get_vocab_size() - 1,
+      "bos_token_id": tokenizer.token_to_id(_TEXT["start"]),
+      "eos_token_id": tokenizer.token_to_id(_TEXT["end"]),
     },
   }
   (path / "config.json").write_text(json.dumps(config, indent=1))

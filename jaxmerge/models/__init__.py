@@ -5,7 +5,8 @@
   no normalisation; `BatchNorm` is their batch normalisation.
 * `ViT`: a vision transformer.
 * `Bert`: a BERT-type encoder, `bert_from_config` that of a config.json;
-  `mean_embedding` makes one vector a text of its hidden states.
+  `mean_embedding` makes one vector a text of its hidden states, `pack_texts`
+  puts several texts into a row, a `Packing`.
 * `Clip`, whose encoders have `ClipSizes`; `clip_from_config`, and
   `clip_from_open_clip` of open_clip's.
 * `class_embeddings`: a frozen head of the names of classes.
@@ -28,6 +29,7 @@ from jaxmerge.models._clip import (
 from jaxmerge.models._cnn import CNN
 from jaxmerge.models._mlp import MLP
 from jaxmerge.models._norms import BatchNorm
+from jaxmerge.models._packing import Packing, pack_texts
 from jaxmerge.models._registry import get, names
 from jaxmerge.models._resnet import ResNet
 from jaxmerge.models._vgg import VGG
@@ -42,6 +44,7 @@ __all__ = [
   "BertOutput",
   "Clip",
   "ClipSizes",
+  "Packing",
   "ResNet",
   "ViT",
   "bert_from_config",
@@ -51,4 +54,5 @@ __all__ = [
   "get",
   "mean_embedding",
   "names",
+  "pack_texts",
 ]

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 
 from jaxmerge.models import _packing, _transformer
 
-# The mask of a batch, or where its real tokens are.
-_Where = _packing.Packing | jax.Array | None
-
 
 class BertOutput(NamedTuple):
   """What a `Bert` returns.
@@ -56,17 +53,14 @@ class _Part(nn.Module):
 
 class _Self(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    rows = (mask.shape[0], mask.shape[-1], x.shape[-1])
     query, key, value = (
-      self._dense(x.shape[-1], name)(x) for name in ("query", "key", "value")
+      self._dense(x.shape[-1], name)(x).reshape(rows)
+      for name in ("query", "key", "value")
     )
-    if not isinstance(where, _packing.Packing):
-      return _transformer.attend(query, key, value, self.heads, where)
-    query, key, value = (
-      _packing.unpack(part, where) for part in (query, key, value)
-    )
-    found = _transformer.attend(query, key, value, self.heads, where.mask)
-    return _packing.pack(found, where)
+    found = _transformer.attend(query, key, value, self.heads, mask)
+    return found.reshape(x.shape)
 
 
 class _Output(_Part):
@@ -78,8 +72,8 @@ class _Output(_Part):
 
 class _Attention(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
-    return self._part(_Output, "output")(self._part(_Self, "self")(x, where), x)
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    return self._part(_Output, "output")(self._part(_Self, "self")(x, mask), x)
 
 
 class _Intermediate(_Part):
@@ -91,25 +85,25 @@ class _Intermediate(_Part):
 
 class _Layer(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
-    x = self._part(_Attention, "attention")(x, where)
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    x = self._part(_Attention, "attention")(x, mask)
     y = self._part(_Intermediate, "intermediate")(x)
     return self._part(_Output, "output")(y, x)
 
 
 class _Layers(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     kind = nn.remat(_Layer) if self.remat else _Layer
     for number in range(self.depth):
-      x = self._part(kind, str(number))(x, where)
+      x = self._part(kind, str(number))(x, mask)
     return x
 
 
 class _Encoder(_Part):
   @nn.compact
-  def __call__(self, x: jax.Array, where: _Where) -> jax.Array:
-    return self._part(_Layers, "layer")(x, where)
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    return self._part(_Layers, "layer")(x, mask)
 
 
 class _Embeddings(nn.Module):
@@ -164,9 +158,6 @@ class Bert(nn.Module):
       parameters, which are float32.
     remat: Whether the layers' activations are computed again in the backward
       pass instead of held.
-    tokens: The largest number of real tokens of a batch: padding is left out of
-      all layers, and the hidden states of padding are 0. With more real tokens
-      than that all hidden states are NaN. None to compute padding, too.
 
   Raises:
     ValueError: If an attribute is unknown or out of its range, or a text is too
@@ -195,12 +186,9 @@ class Bert(nn.Module):
   pooler: bool = False
   dtype: jax.typing.DTypeLike | None = None
   remat: bool = False
-  tokens: int | None = None
 
   def __post_init__(self) -> None:
     """Validates the attributes."""
-    if self.tokens is not None and self.tokens < 1:
-      raise ValueError(f"tokens of Bert must be positive, got {self.tokens}")
     _transformer.check_sizes(
       "Bert",
       self.heads,
@@ -218,14 +206,15 @@ class Bert(nn.Module):
   def __call__(
     self,
     ids: jax.Array,
-    mask: jax.Array | None = None,
+    mask: jax.Array | _packing.Packing | None = None,
     types: jax.Array | None = None,
   ) -> BertOutput:
     """Encodes texts.
 
     Args:
       ids: Integer tokens, ``[b, n]``.
-      mask: bool ``[b, n]``, False for padding; None for no padding.
+      mask: bool ``[b, n]``, False for padding; None for no padding; or what
+        `pack_texts` made of it, which saves most of the work on padding.
       types: Integer token types, ``[b, n]``; None for 0.
 
     Returns:
@@ -239,11 +228,13 @@ class Bert(nn.Module):
     if types is None:
       types = jnp.zeros_like(ids)
     places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    where: _Where = mask
-    if mask is not None and self.tokens is not None and self.tokens < ids.size:
-      where = _packing.packing(mask, self.tokens)
-      ids, types = (part.reshape(-1)[where.order] for part in (ids, types))
-      places = where.order % mask.shape[1]
+    packing = None
+    if mask is None:
+      mask = jnp.ones(ids.shape, bool)
+    if isinstance(mask, _packing.Packing):
+      packing, mask = mask, _packing.attention_mask(mask)
+      ids, types = (_packing.packed(part, packing) for part in (ids, types))
+      places = packing.position
     x = _Embeddings(
       self.vocab_size,
       self.dim,
@@ -253,6 +244,9 @@ class Bert(nn.Module):
       self.dtype,
       name="embeddings",
     )(ids, types, places)
+    # All tokens in one axis: XLA is slow at the gradients of products over two.
+    shape = x.shape
+    x = x.reshape(-1, self.dim)
     x = _Encoder(
       self.heads,
       self.mlp_dim,
@@ -262,11 +256,9 @@ class Bert(nn.Module):
       self.depth,
       self.remat,
       name="encoder",
-    )(x, where)
-    if isinstance(where, _packing.Packing):
-      x = _packing.unpack(x, where)
-      fits = where.mask.sum(dtype=jnp.int32) <= len(where.order)
-      x = jnp.where(fits, x, jnp.full_like(x, jnp.nan))
+    )(x, mask).reshape(shape)
+    if packing is not None:
+      x = _packing.unpacked(x, packing)
     pooled = None
     if self.pooler:
       pooled = _Pooler(self.dtype, name="pooler")(x[:, 0])

@@ -62,8 +62,8 @@ def attend(
     key: ``[b, n, dim]``.
     value: ``[b, n, dim]``.
     heads: the number of heads, a divisor of dim.
-    mask: bool ``[b, n]``, the tokens that may be looked at, at least one of
-      each text; None for all.
+    mask: bool ``[b, n]``, the tokens that may be looked at, or ``[b, n, n]``,
+      those that each may look at, at least one of each; None for all.
     causal: whether a token sees those before it and itself alone.
 
   Returns:
@@ -78,7 +78,7 @@ def attend(
   if causal:
     seen = jnp.tril(seen)
   if mask is not None:
-    seen = seen & mask[:, None, None, :]
+    seen = seen & (mask[:, None, None, :] if mask.ndim == 2 else mask[:, None])
   scores = jnp.where(seen, scores * split[-1] ** -0.5, -jnp.inf)
   weights = jax.nn.softmax(scores).astype(value.dtype)
   found = jnp.einsum("bhqk,bkhd->bqhd", weights, value)

@@ -110,40 +110,44 @@ class BertTest(parameterized.TestCase):
     chex.assert_trees_all_close(found[:, :9], plain, rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters({}, {"remat": True}, {"dtype": jnp.bfloat16})
-  def test_leaving_out_padding_changes_nothing(self, **options):
-    ids, mask = _batch(40)
+  def test_packing_changes_nothing(self, **options):
+    ids, _ = _batch(40, count=6)
+    mask = np.arange(9) < np.array([[9], [4], [5], [3], [6], [7]])
+    ids = np.where(mask, ids, 0)
+    model = models.bert_from_config(SIZES, **options)
     params = _params(models.bert_from_config(SIZES), ids)
-    real = int(mask.sum())
-    self.assertLess(real + 3, ids.size)
     vector = jax.random.normal(jax.random.key(2), (24,))
 
-    def loss(params, tokens):
-      model = models.bert_from_config(SIZES, tokens=tokens, **options)
-      hidden = model.apply({"params": params}, ids, mask).hidden
+    def loss(params, given):
+      hidden = model.apply({"params": params}, ids, given).hidden
       return (models.mean_embedding(hidden, mask) @ vector).sum(), hidden
 
     step = jax.value_and_grad(loss, has_aux=True)
-    (value, hidden), grads = step(params, None)
+    (value, hidden), grads = step(params, jnp.asarray(mask))
     close = 2e-2 if "dtype" in options else 1e-4
-    for tokens in (real, real + 3):
-      (mine, packed), mine_grads = step(params, tokens)
+    for rows in (4, 6):
+      packing = models.pack_texts(jnp.asarray(mask), rows)
+      self.assertTrue(bool(packing.fits))
+      (mine, found), mine_grads = step(params, packing)
       np.testing.assert_allclose(mine, value, rtol=close, atol=close)
       np.testing.assert_allclose(
-        np.asarray(packed, np.float32)[mask],
+        np.asarray(found, np.float32)[mask],
         np.asarray(hidden, np.float32)[mask],
         rtol=close,
         atol=close,
       )
-      self.assertFalse(np.asarray(packed, np.float32)[~mask].any())
+      self.assertFalse(np.asarray(found, np.float32)[~mask].any())
       chex.assert_trees_all_close(
         mine_grads, grads, rtol=close, atol=10 * close
       )
 
-  def test_more_tokens_than_there_is_room_for(self):
+  def test_texts_that_do_not_fit_are_nan(self):
     ids, mask = _batch(40)
     params = _params(models.bert_from_config(SIZES), ids)
-    model = models.bert_from_config(SIZES, tokens=int(mask.sum()) - 1)
-    found = model.apply({"params": params}, ids, mask).hidden
+    packing = models.pack_texts(jnp.asarray(mask), 1)
+    self.assertFalse(bool(packing.fits))
+    model = models.bert_from_config(SIZES)
+    found = model.apply({"params": params}, ids, packing).hidden
     self.assertTrue(np.isnan(found).all())
 
   def test_remat_and_half_types(self):
@@ -189,7 +193,6 @@ class BertTest(parameterized.TestCase):
     ({"heads": 5}, "heads=5 of Bert does not divide dim=768"),
     ({"depth": 0}, "depth of Bert must be positive"),
     ({"activation": "swish"}, "unknown activation 'swish'"),
-    ({"tokens": 0}, "tokens of Bert must be positive"),
   )
   def test_bad_attributes(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
