@@ -122,7 +122,7 @@ class BertTest(parameterized.TestCase):
       hidden = model.apply({"params": params}, ids, given).hidden
       return (models.mean_embedding(hidden, mask) @ vector).sum(), hidden
 
-    step = jax.value_and_grad(loss, has_aux=True)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, hidden), grads = step(params, jnp.asarray(mask))
     close = 2e-2 if "dtype" in options else 1e-4
     for rows in (4, 6):
