@@ -151,7 +151,9 @@ def images(
   )
   head = models.class_embeddings(embed_names, names, templates)
   head = jnp.exp(frozen["logit_scale"]) * head
-  mean, std = jnp.array(MEAN), jnp.array(STD)
+  mean, std = (
+    jnp.array(values).reshape(1, 1, 1, 3) for values in (MEAN, STD)
+  )
 
   def logits_fn(params: PyTree, pixels: jax.Array) -> jax.Array:
     inputs = (pixels.astype(jnp.float32) / 255 - mean) / std

@@ -65,12 +65,14 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 def settings(name: str, given: Any) -> continual.Training:
   """Settings of a training run from their entry in a configuration."""
   try:
-    return continual.Training(**given)
+    made = continual.Training(**given)
   except TypeError as error:
     raise ValueError(
       f"{name}: {error}. The fields are "
       f"{', '.join(continual.Training._fields)}."
     ) from error
+  continual.check_training(made, name)
+  return made
 
 
 def _finetune(label: str, given: dict[str, Any]) -> continual.Finetune:

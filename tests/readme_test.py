@@ -6,8 +6,16 @@ import contextlib
 import io
 import pathlib
 import re
+import tempfile
 
+import chex
+import jax
+import jax.numpy as jnp
 from absl.testing import absltest
+
+from jaxmerge import models
+from jaxmerge.checkpoints import hugging_face
+from tests.experiments import magmax_test
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -51,6 +59,30 @@ class ReadmeTest(absltest.TestCase):
     # The wide network's 600 neurons beside the other's 512.
     self.assertIn("(600, 512)", output)
     self.assertEndsWith(output, "True\n")
+
+  def test_page_on_pretrained_networks(self):
+    """With a small network of random weights in MiniLM's place."""
+    (code,) = _blocks("docs/pretrained.md")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+      places = [pathlib.Path(name) for name in ("base", "banking", "travel")]
+      magmax_test.write_model(places[0])
+      config = hugging_face.read_config("base")
+      model = models.bert_from_config(config, pooler=True)
+      like = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
+      )["params"]
+      base = hugging_face.load("base", like)
+      for number, place in enumerate(places[1:], 1):
+        tuned = jax.tree.map(lambda leaf, n=number: leaf + n, base)
+        hugging_face.save(f"runs/{place}", tuned, source="base")
+      name = '"sentence-transformers/all-MiniLM-L6-v2"'
+      self.assertIn(name, code)
+      _run(code.replace(name, '"base"'), "docs/pretrained.md")
+      merged = hugging_face.load("runs/merged", like)
+    # Half of the larger move.
+    chex.assert_trees_all_close(
+      merged, jax.tree.map(lambda leaf: leaf + 1, base), rtol=1e-6
+    )
 
 
 if __name__ == "__main__":

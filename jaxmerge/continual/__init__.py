@@ -28,6 +28,7 @@ from jaxmerge.continual._strategy import (
   compose,
 )
 from jaxmerge.continual._training import Training
+from jaxmerge.continual._training import check as check_training
 from jaxmerge.continual.merges import Merge
 from jaxmerge.continual.regularizers import Regularizer
 
@@ -42,6 +43,7 @@ __all__ = (
   "StrategyState",
   "Training",
   "accuracies",
+  "check_training",
   "compose",
   "make_problem",
   "merges",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -122,12 +123,26 @@ def optimizer(
     if settings.weight_decay:
       step = optax.chain(optax.add_decayed_weights(settings.weight_decay), step)
   elif settings.optimizer == "adam":
-    step = optax.adam(schedule)
+    step = _promoting(optax.adam(schedule))
   else:
-    step = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    step = _promoting(
+      optax.adamw(schedule, weight_decay=settings.weight_decay)
+    )
   if settings.clip is not None:
     step = optax.chain(optax.clip_by_global_norm(settings.clip), step)
   return training.Optimizer(step, schedule)
+
+
+def _promoting(
+  step: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Optax's Adam relies on the promotion of its counter to a float."""
+
+  def update(*args: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+      return step.update(*args)
+
+  return optax.GradientTransformation(step.init, update)
 
 
 def _schedule(

@@ -78,13 +78,18 @@ class RegularizerTest(parameterized.TestCase):
       rtol=1e-4,
     )
 
-  @parameterized.parameters("exact", "empirical")
-  def test_fisher_of_the_classes_of_a_task(self, kind):
-    stream = streams.task_incremental(
-      _problems.source(6, 0), _problems.source(4, 1), num_tasks=3
-    )
+  @parameterized.product(
+    kind=("exact", "empirical"), scenario=("task", "class")
+  )
+  def test_fisher_of_the_classes_of_a_task(self, kind, scenario):
+    make = {
+      "task": streams.task_incremental,
+      "class": streams.class_incremental,
+    }[scenario]
+    stream = make(_problems.source(6, 0), _problems.source(4, 1), num_tasks=3)
     problem = _problems.problem(capacity=0, stream=stream)
-    regularizer = regularizers.ewc(1.0, labels=kind)
+    head = "all" if scenario == "task" else "task"
+    regularizer = regularizers.ewc(1.0, labels=kind, head=head, chunk_size=2)
     state = regularizer.after_task(
       problem, regularizer.init(problem), problem.params, 1, None
     )
