@@ -22,6 +22,7 @@ Without PyTorch the package is measured alone.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -31,6 +32,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
@@ -227,7 +229,7 @@ def jaxmerge_evaluation(
   from experiments import _predictions
 
   _, back = _backbone(data_dir)
-  programs = _predictions._compiled(back.logits_fn)
+  programs: Any = _predictions._compiled(back.logits_fn)
   found = []
   params = back.params
   for _ in range(2):
@@ -268,7 +270,7 @@ def measure(
     importlib.util.find_spec(name) for name in ("torch", "transformers")
   )
   with _worker.worker(jaxmerge_steps, data_dir, steps) as ours:
-    sides = {"jaxmerge": ours.seconds}
+    sides: dict[str, Callable[[], float]] = {"jaxmerge": ours.seconds}
     result["mean_length"] = ours.info["mean_length"]
     result["jax"] = ours.info["version"]
     if has_torch:
@@ -277,8 +279,8 @@ def measure(
           theirs.info[name] for name in ("version", "way")
         )
         for padding in ("fixed", "longest"):
-          sides[f"torch, {padding}"] = lambda padding=padding: theirs.seconds(
-            padding
+          sides[f"torch, {padding}"] = functools.partial(
+            theirs.seconds, padding
           )
         times = _turns.take_turns(sides, repeats)
     else:

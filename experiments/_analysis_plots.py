@@ -81,7 +81,7 @@ def plot(found: dict[str, Any], folder: pathlib.Path) -> None:
     _save(figure, folder, name)
     pyplot.close(figure)
   figure, both = pyplot.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-  image = None
+  image: Any = None
   for axes, (learner, matrix) in zip(
     both, found["cosines"].items(), strict=True
   ):

@@ -113,8 +113,8 @@ def _embedder(
   def run(
     params: PyTree, ids: jax.Array, mask: jax.Array | models.Packing
   ) -> jax.Array:
-    hidden = model.apply({"params": params}, ids, mask).hidden
-    return models.mean_embedding(hidden, ids != pad_id)
+    output: Any = model.apply({"params": params}, ids, mask)
+    return models.mean_embedding(output.hidden, ids != pad_id)
 
   def embed(params: PyTree, ids: jax.Array) -> jax.Array:
     mask = ids != pad_id

@@ -137,7 +137,9 @@ def images(
 
   @jax.jit
   def embed(ids: jax.Array) -> jax.Array:
-    return model.apply({"params": whole}, ids, method="encode_text")
+    return jnp.asarray(
+      model.apply({"params": whole}, ids, method="encode_text")
+    )
 
   def embed_names(given: list[str]) -> jax.Array:
     return embed(
@@ -151,15 +153,14 @@ def images(
   )
   head = models.class_embeddings(embed_names, names, templates)
   head = jnp.exp(frozen["logit_scale"]) * head
-  mean, std = (
-    jnp.array(values).reshape(1, 1, 1, 3) for values in (MEAN, STD)
-  )
+  mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (MEAN, STD))
 
   def logits_fn(params: PyTree, pixels: jax.Array) -> jax.Array:
     inputs = (pixels.astype(jnp.float32) / 255 - mean) / std
     given = {**params, "logit_scale": frozen["logit_scale"]}
-    z = model.apply({"params": given}, inputs, method="encode_image")
-    z = z.astype(jnp.float32)
+    z = jnp.asarray(
+      model.apply({"params": given}, inputs, method="encode_image")
+    ).astype(jnp.float32)
     return z / jnp.linalg.norm(z, axis=-1, keepdims=True) @ head.T
 
   def examples(source: data_lib.ImageSource) -> _backbone.Examples:

@@ -169,7 +169,8 @@ def summary(kept: dict[str, Results]) -> str:
   ]
   names = list(dict.fromkeys(name for _, one in runs for name in one["order"]))
   for name in names:
-    cells, means = [], {"chosen": [], "fixed": []}
+    cells: list[str] = []
+    means: dict[str, list[float]] = {"chosen": [], "fixed": []}
     for _, one in runs:
       row = one["rows"].get(name)
       cells.append(_final(row["chosen"]) if row else "")

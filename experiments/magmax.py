@@ -368,12 +368,7 @@ def run(
   ):
     recipes: dict[str, set[str]] = {}
     for order in range(len(config.orders)):
-      cell = _Cell(
-        study,
-        order,
-        folder,
-        lambda text, order=order: bar.set_description(f"order {order} {text}"),
-      )
+      cell = _Cell(study, order, folder, _teller(bar, order))
       for learner in _learners(study):
         tried = _magmax_study.recipes(study, learner)
         if order:
@@ -415,6 +410,11 @@ def run(
     _workdir.write_text(folder / "table.md", _magmax_report.table(results))
     _magmax_report.plot(results, folder)
   return results
+
+
+def _teller(bar: tqdm.tqdm, order: int) -> Callable[[str], None]:
+  """Shows what is being done beside the progress bar."""
+  return lambda text: bar.set_description(f"order {order} {text}")
 
 
 def _with_recipes(

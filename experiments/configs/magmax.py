@@ -20,6 +20,8 @@ one recipe, one order, one epoch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 
 #: Rules of the two kinds of fine-tuning, with the coefficient that the paper
@@ -28,7 +30,14 @@ GRID = (0.25, 0.5, 0.75, 1.0, 1.25)
 _SUMS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
-def _rule(learner: str, rule: str, fixed: float, grid: tuple = GRID, **options):
+def _rule(
+  learner: str,
+  rule: str,
+  fixed: float,
+  grid: tuple[float, ...] = GRID,
+  **options: float,
+) -> dict[str, Any]:
+  """A row that merges the networks of a learner."""
   return {
     "learner": learner,
     "rule": rule,
@@ -38,11 +47,12 @@ def _rule(learner: str, rule: str, fixed: float, grid: tuple = GRID, **options):
   }
 
 
-def _plain(learner: str) -> dict:
+def _plain(learner: str) -> dict[str, Any]:
+  """A row of the learner's last network."""
   return {"learner": learner, "rule": "", "options": {}, "fixed": 1.0}
 
 
-def _rows() -> dict:
+def _rows() -> dict[str, dict[str, Any]]:
   """All rows of the paper's Tables 1 and 2, and of its ablation."""
   return {
     "joint": _plain("joint"),

@@ -125,9 +125,7 @@ def optimizer(
   elif settings.optimizer == "adam":
     step = _promoting(optax.adam(schedule))
   else:
-    step = _promoting(
-      optax.adamw(schedule, weight_decay=settings.weight_decay)
-    )
+    step = _promoting(optax.adamw(schedule, weight_decay=settings.weight_decay))
   if settings.clip is not None:
     step = optax.chain(optax.clip_by_global_norm(settings.clip), step)
   return training.Optimizer(step, schedule)

@@ -54,7 +54,7 @@ def load_tokenizer(
       " from one checkpoint."
     )
   padding = tokenizer.padding
-  if None not in (padding, pad_id) and padding["pad_id"] != pad_id:
+  if padding and pad_id is not None and padding["pad_id"] != pad_id:
     raise DataError(
       f"the tokenizer of {folder} pads with the token {padding['pad_id']}, but"
       f" config.json says {pad_id}: they are not of one model. Take both from"
