@@ -42,6 +42,14 @@ def _cell(values: Any, digits: int) -> str:
   return text
 
 
+def _by_rate(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+  """The rows of each learning rate, from the largest on."""
+  return sorted(
+    results["rows"].items(),
+    key=lambda item: -float(item[0].removeprefix("lr-")),
+  )
+
+
 def table(results: dict[str, Any]) -> str:
   """Makes the Markdown table of a run."""
   config = results["config"]
@@ -69,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
     + " |",
     "|---" * (len(columns) + 2) + "|",
   ]
-  for rate, rows in results["rows"].items():
+  for rate, rows in _by_rate(results):
     # The ends are those of every method that keeps the networks' functions.
     ends = rows[config["methods"][0]]
     entries = []
@@ -110,7 +118,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     squeeze=False,
   )
   for axes, (rate, rows) in zip(
-    panels[0], results["rows"].items(), strict=True
+    panels[0], _by_rate(results), strict=True
   ):
     for method in config["methods"]:
       profile = rows[method]["profile"]
