@@ -102,7 +102,6 @@ def _config(model, **fields):
         "sequential",
         "independent",
         "avg",
-        "ties",
         "random_mix",
         "magmax",
       )
@@ -168,7 +167,7 @@ class MagmaxTest(_Folders):
     rows = self.results["rows"]
     self.assertEqual(
       set(rows),
-      {"sequential", "independent", "avg", "ties", "random_mix", "magmax"},
+      {"sequential", "independent", "avg", "random_mix", "magmax"},
     )
     for name, row in rows.items():
       for variant in ("fixed", "chosen"):
@@ -279,7 +278,7 @@ class MagmaxTest(_Folders):
     # A class name is nearest to itself.
     tokenizer = data.load_tokenizer(self.model, vocab_size=20)
     ids = data.tokenize(tokenizer, back.class_names, length=7)
-    logits = np.asarray(back.logits_fn(back.params, jnp.asarray(ids)))
+    logits = np.asarray(jax.jit(back.logits_fn)(back.params, jnp.asarray(ids)))
     np.testing.assert_array_equal(logits.argmax(axis=1), np.arange(4))
     np.testing.assert_allclose(np.diag(logits), 20.0, rtol=1e-4)
 
@@ -435,7 +434,7 @@ class AllLearnersTest(_Folders):
       },
     )
     self.assertEqual(list(results["rows"]), list(fields))
-    self.assertGreater(results["rows"]["joint"]["chosen"][0]["accuracy"], 0.5)
+    self.assertGreater(results["rows"]["joint"]["chosen"][0]["accuracy"], 0.3)
     self.assertIn(
       results["rows"]["ewc"]["chosen"][0]["recipe"], ("loose", "tight")
     )
@@ -457,10 +456,11 @@ class PredictionsTest(_Folders):
     )
     np.testing.assert_array_equal(part, found[rows])
     self.assertEqual(programs._cache_size() - before, 2)
-    # Each text on its own, with no bucket and no padding of the batch.
+    # Each text on its own.
+    alone = jax.jit(back.logits_fn)
     for inputs, places in back.test.buckets:
       for ids, place in zip(inputs, places, strict=True):
-        logits = back.logits_fn(back.params, jnp.asarray(ids[None]))
+        logits = alone(back.params, jnp.asarray(ids[None]))
         self.assertEqual(int(logits.argmax()), found[place])
     accuracy = _predictions.accuracy(back.logits_fn, back.params, back.test)
     self.assertAlmostEqual(accuracy, (found == back.test.labels).mean())
