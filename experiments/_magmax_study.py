@@ -20,6 +20,8 @@ from jaxmerge.continual import strategies, streams
 PyTree = Any
 Bar = Callable[[str], None]
 
+# What a killed run loses at most, beside the task that it was in.
+_SAVE_SECONDS = 60.0
 LEARNERS = ("joint", "sequential", "independent", "lwf", "ewc")
 
 
@@ -242,6 +244,7 @@ def train(
       done, state, record = found
       seconds = record["seconds"]
     bar(f"{done} tasks found")
+    saved = time.perf_counter()
     for task in range(done, one.num_tasks):
       begin = time.perf_counter()
       state = chosen.observe(one, state, task)
@@ -250,7 +253,11 @@ def train(
         params = jax.tree.map(lambda leaf: leaf[0], chosen.params(one, state))
         study.backbone.save(expert(folder, task), params)
       seconds += time.perf_counter() - begin
-      kept.save(task + 1, state, {"seconds": seconds})
+      # The state of a large network takes longer to write than a short task.
+      now = time.perf_counter()
+      if now - saved > _SAVE_SECONDS or task + 1 == one.num_tasks:
+        kept.save(task + 1, state, {"seconds": seconds})
+        saved = now
       bar(f"task {task + 1}")
     kept.wait()
   return seconds

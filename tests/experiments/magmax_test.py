@@ -210,8 +210,8 @@ class MagmaxTest(_Folders):
       "pooler.dense.weight", hugging_face._safetensors.tensors(merged)
     )
 
-  @parameterized.parameters(1, 5)
-  def test_resume_equals_an_unbroken_run(self, calls):
+  @parameterized.parameters((1, 0.0), (5, 0.0), (5, 60.0))
+  def test_resume_equals_an_unbroken_run(self, calls, seconds):
     left = [calls]
     original = _magmax_study.strategy
 
@@ -227,6 +227,9 @@ class MagmaxTest(_Folders):
       return made._replace(observe=observe)
 
     with contextlib.ExitStack() as stack:
+      stack.enter_context(
+        mock.patch.object(_magmax_study, "_SAVE_SECONDS", seconds)
+      )
       stack.enter_context(mock.patch.object(_magmax_study, "strategy", killed))
       stack.enter_context(self.assertRaises(_KilledError))
       self._run(self.empty / "run")
