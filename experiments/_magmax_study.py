@@ -73,19 +73,32 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   """
   rows = {}
   for name, given in config.rows.items():
-    row = Row(**given.to_dict())
+    try:
+      row = Row(**given.to_dict())
+    except TypeError as error:
+      raise ValueError(
+        f"Row {name}: {error}. The fields are {', '.join(Row._fields)}."
+      ) from error
     if row.learner not in config.learners:
       raise ValueError(
         f"Row {name}: unknown learner {row.learner!r}. Choose one of "
         f"{', '.join(config.learners)}."
       )
     if row.rule:
-      _rule(name, row)
+      method = _rule(name, row)
+      try:
+        key = jax.random.key(0) if method.info.needs_key else None
+        method.method(key)  # Checks the options' values.
+      except ValueError as error:
+        raise ValueError(f"Row {name}: {error}") from error
     rows[name] = row._replace(grid=tuple(row.grid))
   for field in ("curves", "export"):
     unknown = sorted(set(config[field]) - set(rows))
     if unknown:
       raise ValueError(f"{field} names {unknown[0]!r}, which is no row.")
+  for name in config.export:
+    if not rows[name].rule:
+      raise ValueError(f"export names {name!r}, which is no merge.")
   if not config.recipes or not config.orders:
     raise ValueError("recipes and orders must name at least one each.")
   study = Study(config, backbone=_load(config, data_dir), rows=rows)
@@ -114,7 +127,7 @@ def _rule(name: str, row: Row) -> merging.RegisteredMethod:
     found = merging.get(row.rule, **row.options)
     scaled = "scale" in merging.info(row.rule).options
     rule = merging.get(row.rule, **row.options, scale=1.0) if scaled else found
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f"Row {name}: {error}") from error
   if not rule.info.streams or rule.info.statistics is not None:
     raise ValueError(
@@ -168,6 +181,11 @@ def problem(study: Study, order: int) -> continual.Problem:
   )
 
 
+def kind(study: Study, learner: str) -> str:
+  """Which of `LEARNERS` a learner is; by default its name says it."""
+  return study.config.learners[learner].get("learner", learner)
+
+
 def recipes(study: Study, learner: str) -> tuple[str, ...]:
   """Names of the recipes of a learner: its own, or those of all."""
   own = study.config.learners[learner].get("recipes")
@@ -191,24 +209,25 @@ def strategy(study: Study, learner: str, recipe: str) -> continual.Strategy:
   config = study.config
   options = config.learners[learner].to_dict()
   own = options.pop("recipes", None) or config.recipes.to_dict()
-  kind = options.pop("learner", learner)
+  options.pop("learner", None)
+  which = kind(study, learner)
   chosen = {**config.training.to_dict(), **own[recipe]}
   # A recipe may have options of the learner beside those of the training.
   for name in list(chosen):
     if name not in continual.Training._fields:
       options[name] = chosen.pop(name)
   training = _continual_study.settings(f"{learner}.{recipe}", chosen)
-  if kind not in LEARNERS:
+  if which not in LEARNERS:
     raise ValueError(
-      f"Unknown learner {kind!r}. Choose one of {', '.join(LEARNERS)}."
+      f"Unknown learner {which!r}. Choose one of {', '.join(LEARNERS)}."
     )
   try:
-    if kind == "joint":
+    if which == "joint":
       return strategies.joint(training, **options)
-    if kind == "independent":
+    if which == "independent":
       one = continual.Learner(training, start="initial", head="task", **options)
       return continual.compose("independent", one)
-    name = "naive" if kind == "sequential" else kind
+    name = "naive" if which == "sequential" else which
     return strategies.get(name, training=training, head="task", **options)
   except (TypeError, ValueError) as error:
     raise ValueError(f"Learner {learner}: {error}") from error

@@ -117,9 +117,7 @@ def plot(results: dict[str, Any], workdir: pathlib.Path) -> None:
     layout="constrained",
     squeeze=False,
   )
-  for axes, (rate, rows) in zip(
-    panels[0], _by_rate(results), strict=True
-  ):
+  for axes, (rate, rows) in zip(panels[0], _by_rate(results), strict=True):
     for method in config["methods"]:
       profile = rows[method]["profile"]
       axes.plot(

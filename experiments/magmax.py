@@ -48,6 +48,13 @@ VARIANTS = ("fixed", "chosen")
 # The flags are those of experiments.mpf, and --publish.
 
 
+def _once(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+  """What a file holds, made where it is not there."""
+  if not path.exists():
+    _workdir.write_json(path, make())
+  return json.loads(path.read_text())
+
+
 class _Cell:
   """One class order of a study: files, networks, figures."""
 
@@ -66,11 +73,8 @@ class _Cell:
     self.tests = [task.test for task in self.problem.stream.tasks]
 
   def _json(self, name: str, make: Callable[[], Any]) -> Any:
-    """What a file holds, made where it is not there."""
-    path = self.folder / f"{name}.json"
-    if not path.exists():
-      _workdir.write_json(path, make())
-    return json.loads(path.read_text())
+    """What a file of this class order holds, made where it is not there."""
+    return _once(self.folder / f"{name}.json", make)
 
   def networks(self, learner: str, recipe: str) -> pathlib.Path:
     """The networks of a learner, trained where they are not there."""
@@ -114,7 +118,7 @@ class _Cell:
 
   def _last(self, learner: str, recipe: str, names: Sequence[str]) -> Any:
     """The merged networks after the last task, by a function of the row."""
-    if self.study.rows[names[0]].learner == "joint":
+    if _magmax_study.kind(self.study, learner) == "joint":
       folder = self.networks(learner, recipe)
       path = _magmax_study.expert(folder, self.problem.num_tasks - 1)
       params = self.study.backbone.load(path)
@@ -288,7 +292,7 @@ class _Cell:
           known[name, scale, task] = self._tests(params, self.tests[: task + 1])
         matrix[task, : task + 1] = known[name, scale, task]
 
-    if self.study.rows[names[0]].learner == "joint":
+    if _magmax_study.kind(self.study, learner) == "joint":
       merged = self._last(learner, recipe, names)
       for name in ends:
         measure(merged, name, total - 1)
@@ -348,12 +352,6 @@ def run(
   # The study first: a bad configuration must leave no workdir behind.
   study = _magmax_study.build(config, data_dir)
   back = study.backbone
-  zero_shot = _predictions.accuracy(
-    back.logits_fn,
-    back.params,
-    back.test,
-    batch_size=config.eval_batch_size,
-  )
   rows: dict[str, dict[str, list[Any]]] = {
     name: {variant: [] for variant in VARIANTS} for name in study.rows
   }
@@ -366,6 +364,15 @@ def run(
       unit="learner",
     ) as bar,
   ):
+    zero_shot = _once(
+      folder / "zero_shot.json",
+      lambda: _predictions.accuracy(
+        back.logits_fn,
+        back.params,
+        back.test,
+        batch_size=config.eval_batch_size,
+      ),
+    )
     recipes: dict[str, set[str]] = {}
     for order in range(len(config.orders)):
       cell = _Cell(study, order, folder, _teller(bar, order))

@@ -86,7 +86,11 @@ def kept_fractions(
 
   def accuracy(params: Any, rows: np.ndarray) -> float:
     return _predictions.task_accuracies(
-      back.logits_fn, params, back.test, [rows]
+      back.logits_fn,
+      params,
+      back.test,
+      [rows],
+      batch_size=study.config.eval_batch_size,
     )[0]
 
   for task, (rows, params) in enumerate(zip(tasks, networks, strict=True)):
@@ -290,6 +294,13 @@ def run(
   """
   if config.num_tasks < 2:
     raise ValueError("An analysis compares tasks: choose 2 or more.")
+  if config.recipe not in config.recipes:
+    raise ValueError(
+      f"Unknown recipe {config.recipe!r}. Choose one of "
+      f"{', '.join(config.recipes)}."
+    )
+  if not all(0 < one <= 1 for one in (*config.densities, config.top)):
+    raise ValueError("densities and top must lie in (0, 1].")
   study = _magmax_study.build(config, data_dir)
   with _workdir.open_workdir(workdir, config) as folder:
     path = folder / "analysis.json"

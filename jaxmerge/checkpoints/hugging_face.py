@@ -114,11 +114,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   return config
 
 
-def locate(source: str | os.PathLike[str]) -> pathlib.Path:
+def locate(
+  source: str | os.PathLike[str], *, weights_only: bool = False
+) -> pathlib.Path:
   """The folder of a checkpoint, downloaded where it is a hub's id.
 
   Args:
     source: a folder, or an id such as "sentence-transformers/all-MiniLM-L6-v2".
+    weights_only: whether pickled weights are downloaded, too, see `load`.
 
   Returns:
     The folder.
@@ -147,8 +150,9 @@ def locate(source: str | os.PathLike[str]) -> pathlib.Path:
       f" install 'jaxmerge[hub]'. Or: {advice}"
     ) from error
   try:
+    wanted = ["*.json", "*.safetensors", "*.txt"]
     found = huggingface_hub.snapshot_download(
-      name, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+      name, allow_patterns=[*wanted, "*.bin"] if weights_only else wanted
     )
   except Exception as error:  # Of many kinds, none of them ours.
     raise _store.CheckpointError(
@@ -274,7 +278,8 @@ def fit(
   if problems:
     raise _store.CheckpointError(
       f"{folder} does not fit the network: {'; '.join(problems)}. Make the"
-      " network by its config.json, or name what may be left out in ignore."
+      " network by the configuration that lies beside the weights"
+      + (", or name what may be left out in ignore." if extra else ".")
     )
   arrays = read([prefix + name for name in wanted])
   leaves = {}
@@ -294,6 +299,7 @@ def save(
   source: str | os.PathLike[str] | None = None,
   dtype: Any = None,
   max_shard_bytes: int = 5_000_000_000,
+  weights_only: bool = False,
 ) -> None:
   """Writes the parameters of a network so that transformers can load them.
 
@@ -303,7 +309,8 @@ def save(
     source: the folder that they came from: its other files (config.json, the
       tokenizer) are copied, and so are the tensors that the network has not.
     dtype: of the floating-point tensors; None for that of the parameters.
-    max_shard_bytes: see `_safetensors.write`.
+    max_shard_bytes: size from which on a further file is begun.
+    weights_only: whether the source may be pickled, see `load`.
 
   Raises:
     CheckpointError: the source cannot be read, or is the folder itself.
@@ -315,11 +322,11 @@ def save(
   if source is not None:
     origin = pathlib.Path(source)
     check_apart(target, origin)
-    infos = _safetensors.tensors(origin)
+    infos, read = opened(origin, weights_only)
     prefix = _prefix(infos, list(arrays))
     arrays = {prefix + name: array for name, array in arrays.items()}
     rest = [name for name in infos if name not in arrays]
-    arrays |= _safetensors.read(infos, rest)
+    arrays |= read(rest)
   _safetensors.write(target, arrays, max_shard_bytes=max_shard_bytes)
   if source is not None:
     copy_others(origin, target)

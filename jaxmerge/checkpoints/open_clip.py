@@ -51,7 +51,6 @@ _RENAMES = (
 )
 _PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 _FUSED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
-_SPLIT = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
 class _Part(NamedTuple):
@@ -176,6 +175,7 @@ def save(
   params: PyTree,
   *,
   source: str | os.PathLike[str],
+  weights_only: bool = False,
 ) -> None:
   """Writes the parameters of a `jaxmerge.models.Clip` as open_clip has them.
 
@@ -184,6 +184,7 @@ def save(
     params: the parameters.
     source: the folder that they came from, whose names are taken and whose
       other files (configuration, tokenizer) are copied.
+    weights_only: whether the source may be pickled, see `load`.
 
   Raises:
     CheckpointError: the source cannot be read, is the folder itself, or has
@@ -191,8 +192,8 @@ def save(
   """
   target, origin = pathlib.Path(folder), pathlib.Path(source)
   hugging_face.check_apart(target, origin)
-  infos = _safetensors.tensors(
-    origin / WEIGHTS if (origin / WEIGHTS).exists() else origin
+  infos, _ = hugging_face.opened(
+    origin / WEIGHTS if (origin / WEIGHTS).exists() else origin, weights_only
   )
   parts = _parts(infos)
   mine = hugging_face.to_tensors(params)

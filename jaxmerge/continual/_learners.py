@@ -158,7 +158,7 @@ def replay_example(
 ) -> dict[str, Any]:
   """One example as the online buffer stores it."""
   example: dict[str, Any] = {
-    name: jax.ShapeDtypeStruct(np.shape(values)[1:], np.asarray(values).dtype)
+    name: jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
     for name, values in problem.stream.train.items()
   }
   if soft:
@@ -265,7 +265,7 @@ def run(
     The result, with the axis of seeds.
   """
   plan = _training.plan(settings, rows)
-  data, indices = _data(problem, plan.rows, keys)
+  data, indices = _data(problem, plan.rows, keys, settings.augment)
   return training.train(
     _objective.loss_fn(problem.logits_fn, terms),
     params,
@@ -284,7 +284,10 @@ def run(
 
 
 def _data(
-  problem: _problem.Problem, rows: np.ndarray, keys: jax.Array
+  problem: _problem.Problem,
+  rows: np.ndarray,
+  keys: jax.Array,
+  augmented: bool,
 ) -> tuple[Any, np.ndarray]:
   """The examples of a run, and which of them it goes through."""
   augment = problem.augment_on_host
@@ -295,8 +298,9 @@ def _data(
 
   def make(epoch: int) -> dict[str, np.ndarray]:
     draws = np.random.Generator(np.random.PCG64([*words, epoch]))
+    inputs = augment(rows[0], draws) if augmented else pool["input"][rows[0]]
     return {
-      "input": augment(rows[0], draws),
+      "input": inputs,
       "label": pool["label"][rows[0]],
       "task": pool["task"][rows[0]],
     }

@@ -65,9 +65,9 @@ class Problem:
       `jaxmerge.alignment.derive_spec` finds.
     augment_on_host: `augment_on_host(rows, draws) -> inputs` makes the inputs
       of an epoch from rows of the training pool and a `numpy.random.Generator`,
-      while the devices work on the epoch before: for inputs that are decoded
-      or changed on the host, or too many for the devices. None for a pool that
-      lies on the devices.
+      while the devices work on the epoch before: for inputs that are decoded or
+      changed on the host. Two epochs of a task lie on the devices, not the
+      pool. None for a pool that lies on the devices.
     keep: keeps what takes long to make; by default nothing but memory does.
     memo: what has been made in this process.
   """
@@ -118,8 +118,23 @@ class Problem:
   def batches(
     self, task: int, samples: int | None = None
   ) -> list[dict[str, np.ndarray]]:
-    """A task's first training examples, all by default, 1000 at a time."""
-    rows = self.stream.tasks[task].train[:samples]
+    """Training examples of a task, 1000 at a time.
+
+    Args:
+      task: its number.
+      samples: how many: the first ones, or, where these lack a class that the
+        task has (a sorted set), as many evenly spaced ones. None for all.
+
+    Returns:
+      The batches.
+    """
+    rows = self.stream.tasks[task].train
+    if samples is not None and samples < len(rows):
+      labels = self.stream.train["label"]
+      first = rows[:samples]
+      if len(np.unique(labels[first])) < len(np.unique(labels[rows])):
+        first = rows[np.linspace(0, len(rows) - 1, samples).astype(int)]
+      rows = first
     return [
       self.examples(rows[i : i + 1000]) for i in range(0, len(rows), 1000)
     ]

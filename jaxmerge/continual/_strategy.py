@@ -262,6 +262,11 @@ def compose(
 
   def init(problem: _problem.Problem) -> StrategyState:
     _learners.check(learner, problem)
+    if problem.augment_on_host and merge is not None and merge.needs_replay:
+      raise ValueError(
+        f"The strategy {name} fits a curve on stored examples, which must lie "
+        "on the devices: make the problem without augment_on_host."
+      )
     if needs_replay and problem.replay is None:
       raise ValueError(
         f"The strategy {name} needs stored examples, but the problem has no "

@@ -19,7 +19,7 @@ class Training(NamedTuple):
   """Settings of one training run.
 
   Attributes:
-    learning_rate: learning rate at the start.
+    learning_rate: learning rate at the start, or after the warm-up.
     final_learning_rate: the rate at the end; None for a constant one, or, of
       the schedule "cosine", for 0.
     schedule: how it gets there: "linear", constant for the first half of the
@@ -81,7 +81,8 @@ def check(settings: Training, name: str) -> None:
   if settings.warmup and settings.schedule != "cosine":
     raise ValueError(f"{name}: warmup needs schedule='cosine'.")
   final = settings.final_learning_rate
-  if settings.learning_rate <= 0 or (final is not None and final <= 0):
+  least = 0.0 if settings.schedule == "cosine" else 1e-45
+  if settings.learning_rate <= 0 or (final is not None and final < least):
     raise ValueError(f"{name}: learning rates must be positive.")
   for field in ("epochs", "batch_size", "iterations"):
     value = getattr(settings, field)
@@ -153,7 +154,7 @@ def _schedule(
     return optax.warmup_cosine_decay_schedule(
       0.0,
       rate,
-      round(settings.warmup * steps),
+      min(round(settings.warmup * steps), steps - 1),
       steps,
       final or 0.0,
     )

@@ -82,8 +82,8 @@ def ewc(
     weight: strength of the penalty, positive.
     online: whether the penalty is around the last network alone.
     decay: of the precision, in (0, 1]; online only.
-    samples: number of examples that the Fisher is estimated on, the first ones
-      of the task; None for all.
+    samples: number of examples that the Fisher is estimated on, see
+      `Problem.batches`; None for all.
     labels: as in `jaxmerge.merging.diagonal_fisher`: "exact" or "empirical".
     head: classes that the network's probabilities are over: "all", those "seen"
       so far, or those of the "task", as in its training; in a task-incremental

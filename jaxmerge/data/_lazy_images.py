@@ -66,7 +66,9 @@ def clip_augment(
   """CLIP's augmentation: a random part of the image, resized.
 
   The part has a share of the image's area drawn from `area`, and a ratio of its
-  sides drawn log-uniformly from 3/4 to 4/3.
+  sides drawn log-uniformly from 3/4 to 4/3. Where no such part fits the image,
+  at the tenth try, it is the largest one in the centre whose ratio lies there,
+  as in torchvision.
 
   Args:
     image: uint8 `[height, width, 3]`, or a PIL image.
@@ -83,7 +85,10 @@ def clip_augment(
   """
   picture = _rgb(image)
   width, height = picture.size
-  box = (0, 0, width, height)
+  wide = min(width, round(height * 4 / 3))
+  tall = min(height, round(width * 4 / 3))
+  left, top = (width - wide) // 2, (height - tall) // 2
+  box = (left, top, left + wide, top + tall)
   for _ in range(10):
     pixels = width * height * draws.uniform(*area)
     ratio = math.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -112,8 +117,8 @@ def _rgb(image: Any) -> Image.Image:
 class LazyImages:
   """Images of any size, decoded and prepared when they are asked for.
 
-  `images[rows]` is an array; threads decode, since the library that does lets
-  others run meanwhile.
+  `images[rows]` is an array, for whatever indexes a vector; threads decode,
+  since the library that does lets others run meanwhile.
 
   Attributes:
     fetch: `fetch(rows) -> sequence of images`: encoded, arrays or of PIL.
@@ -169,7 +174,8 @@ class LazyImages:
   def _map(
     self, rows: Any, make: Callable[[Any, int], np.ndarray]
   ) -> np.ndarray:
-    rows = np.asarray(rows)
+    # Numbers, slices and masks; IndexError for a row that is not there.
+    rows = np.arange(self.size)[rows]
     flat = rows.reshape(-1)
     made = np.empty((len(flat), self.side, self.side, 3), np.uint8)
     chunk = 64

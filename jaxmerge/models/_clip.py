@@ -424,6 +424,13 @@ def clip_from_open_clip(config: Mapping[str, Any], **options: Any) -> Clip:
         f"{part} of open_clip_config.json has {unknown[0]!r}, which Clip has"
         " not"
       )
+  if not isinstance(config.get("embed_dim"), int):
+    raise ValueError("open_clip_config.json has no embed_dim")
+  depth = (config.get("vision_cfg") or {}).get("layers", 12)
+  if not isinstance(depth, int):
+    raise ValueError(
+      f"vision_cfg has layers={depth}, a ResNet; Clip has a transformer"
+    )
   activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
   vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
 

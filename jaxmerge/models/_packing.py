@@ -49,6 +49,9 @@ def pack_texts(mask: jax.Array, rows: int) -> Packing:
         lambda: model.apply(variables, ids, mask),
       )
 
+  Vectorised by `jax.vmap`, over several seeds say, both would be computed, and
+  nothing is saved.
+
   Args:
     mask: bool ``[b, n]``, True for the tokens of a text, which padding follows.
     rows: How many rows there are, at most b.

@@ -357,6 +357,10 @@ def compile_epoch(
       return jax.lax.map(
         lambda seed: one(*seed), (state, frozen, indices, keys)
       )
+    if len(indices) == 1:
+      # Not vectorised: conditions in the loss stay conditions.
+      given = jax.tree.map(lambda leaf: leaf[0], (state, frozen, indices, keys))
+      return jax.tree.map(lambda leaf: leaf[None], one(*given))
     return jax.vmap(one)(state, frozen, indices, keys)
 
   mapped = jax.pmap(

@@ -422,6 +422,8 @@ def fit(
       lambda leaf: jnp.asarray(leaf)[None], (params, state)
     )
     key = key[None]
+  if isinstance(data, _host_data.HostData):
+    raise ValueError("fit takes no HostData: give it to training.train.")
   if not isinstance(data, _devices.Replicated):
     data = _devices.replicate(data, options.get("devices"))
   trained, frozen = tree_lib.partition(params)

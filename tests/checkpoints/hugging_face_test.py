@@ -186,6 +186,21 @@ class HuggingFaceTest(parameterized.TestCase):
     )
     found = hugging_face.load(self.folder, params, weights_only=True)
     chex.assert_trees_all_close(found, params, rtol=1e-2)
+    # Other pickles of a trainer's folder are left alone.
+    torch.save(tensors, path)
+    other = self.folder / "training_args.bin"
+    other.write_bytes(pickle.dumps(_Trap(str(self.root / "trapped"))))
+    found = hugging_face.load(self.folder, params, weights_only=True)
+    chex.assert_trees_all_equal(found, params)
+    # What was read that way can be written as safetensors.
+    back = self.root / "back"
+    with self.assertRaisesRegex(CheckpointError, "pickled"):
+      hugging_face.save(back, params, source=self.folder)
+    hugging_face.save(back, params, source=self.folder, weights_only=True)
+    chex.assert_trees_all_equal(hugging_face.load(back, params), params)
+    torch.save([1, 2], path)
+    with self.assertRaisesRegex(CheckpointError, "no mapping.* a list"):
+      hugging_face.load(self.folder, params, weights_only=True)
     path.write_bytes(pickle.dumps(_Trap(str(self.root / "trapped"))))
     with self.assertRaisesRegex(CheckpointError, "more than weights"):
       hugging_face.load(self.folder, params, weights_only=True)

@@ -178,6 +178,12 @@ class OpenClipTest(absltest.TestCase):
       open_clip.save(self.root / "back", less, source=self.folder)
 
   def test_configurations(self):
+    with self.assertRaisesRegex(ValueError, "has no embed_dim"):
+      models.clip_from_open_clip({"vision_cfg": {}})
+    with self.assertRaisesRegex(ValueError, "a ResNet; Clip has a transformer"):
+      models.clip_from_open_clip(
+        {"embed_dim": 8, "vision_cfg": {"layers": [3, 4, 6, 3]}}
+      )
     with self.assertRaisesRegex(ValueError, "vision_cfg.*'timm_model_name'"):
       models.clip_from_open_clip(
         {"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}}

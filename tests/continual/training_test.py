@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxmerge import continual
-from jaxmerge.continual import _training, strategies
+from jaxmerge.continual import _training, strategies, streams
 from tests.continual import _problems
 
 Training = continual.Training
@@ -39,6 +39,14 @@ class ScheduleTest(parameterized.TestCase):
       float(plan.optimizer.learning_rate(7)), 0, atol=1e-8
     )
     self.assertGreater(float(plan.optimizer.learning_rate(6)), 0)
+
+  @parameterized.parameters((1, 0.6), (4, 0.9))
+  def test_a_warmup_as_long_as_a_short_run(self, steps, warmup):
+    settings = Training(0.2, schedule="cosine", warmup=warmup)
+    rate = _training.optimizer(settings, 1, steps).learning_rate
+    rates = [float(rate(step)) for step in range(steps)]
+    self.assertTrue(np.isfinite(rates).all())
+    self.assertLessEqual(max(rates), 0.2 + 1e-6)
 
   def test_adamw_of_clipped_gradients(self):
     settings = Training(
@@ -72,6 +80,32 @@ class ScheduleTest(parameterized.TestCase):
       continual.check_training(Training(**fields), "here")
 
 
+class SamplesTest(absltest.TestCase):
+  def test_a_sorted_set_gives_samples_of_every_class(self):
+    mixed = _problems.source(20, 0)
+    order = np.argsort(mixed.labels, kind="stable")
+    sorted_set = mixed._replace(
+      inputs=mixed.inputs[order], labels=mixed.labels[order]
+    )
+    for source, first in ((mixed, True), (sorted_set, False)):
+      stream = streams.class_incremental(
+        source, _problems.source(4, 1), num_tasks=2
+      )
+      problem = _problems.problem(capacity=0, stream=stream)
+      rows = stream.tasks[1].train
+      (batch,) = problem.batches(1, 10)
+      self.assertLen(batch["label"], 10)
+      self.assertLen(np.unique(batch["label"]), 3)
+      same = (batch["input"] == source.inputs[rows[:10]]).all()
+      self.assertEqual(same, first)
+      # All of them, in order.
+      np.testing.assert_array_equal(
+        np.concatenate([b["label"] for b in problem.batches(1)]),
+        source.labels[rows],
+      )
+      self.assertLen(problem.batches(1, 1000)[0]["label"], len(rows))
+
+
 class HostTest(absltest.TestCase):
   def _problem(self, **options):
     return _problems.problem(capacity=0, seeds=1, **options)
@@ -102,6 +136,25 @@ class HostTest(absltest.TestCase):
     # Three epochs of two tasks, the same in both runs.
     self.assertEqual(seen[:6], seen[6:])
     self.assertLen({number for _, number in seen[:6]}, 6)
+
+  def test_not_augmented_where_the_settings_say_so(self):
+    host = self._problem(
+      augment_on_host=lambda rows, draws: self.fail("was augmented")
+    )
+    plain = self._problem()
+    strategy = strategies.get(
+      "naive", training=_problems.STEPS._replace(augment=False)
+    )
+    chex.assert_trees_all_close(
+      _problems.observe(strategy, host, 1).current,
+      _problems.observe(strategy, plain, 1).current,
+      rtol=1e-5,
+    )
+
+  def test_curves(self):
+    host = _problems.problem(seeds=1, augment_on_host=lambda rows, draws: rows)
+    with self.assertRaisesRegex(ValueError, "mpf fits a curve on stored"):
+      strategies.get("mpf").init(host)
 
   def test_several_seeds(self):
     with self.assertRaisesRegex(ValueError, "for one seed, got 2 keys"):

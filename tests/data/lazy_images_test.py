@@ -58,7 +58,7 @@ class PreprocessTest(parameterized.TestCase):
     )
 
 
-class AugmentTest(absltest.TestCase):
+class AugmentTest(parameterized.TestCase):
   def test_parts_have_the_area_and_place_that_are_drawn(self):
     draws = np.random.default_rng(0)
     shares, corners = [], []
@@ -74,13 +74,18 @@ class AugmentTest(absltest.TestCase):
     self.assertBetween(max(shares), 0.44, 0.55)
     self.assertGreater(np.std(corners, axis=0).min(), 15)
 
-  def test_a_part_that_never_fits_is_the_whole(self):
-    # Ten times as wide as high: no ratio of at most 4/3 has this area.
+  @parameterized.parameters((30, 300), (300, 30))
+  def test_where_no_part_fits_it_is_the_centre(self, height, width):
+    # Ten times as long as wide: no ratio of at most 4/3 has this area.
     found = data.clip_augment(
-      _ramp(10, 100), 10, np.random.default_rng(0), area=(0.9, 1.0)
-    )
-    self.assertLess(found[0, 0].max(), 20)
-    self.assertGreater(found[-1, -1, :2].min(), 230)
+      _ramp(height, width), 30, np.random.default_rng(0), area=(0.9, 1.0)
+    ).astype(float)
+    along = int(width > height)
+    line = found[..., along].mean(axis=1 - along)
+    # 40 of 300 pixels around the middle.
+    half = 125 * 40 / 300
+    wanted = 125 + half * (2 * (np.arange(30) + 0.5) / 30 - 1)
+    np.testing.assert_allclose(line[2:-2], wanted[2:-2], atol=2)
 
 
 class LazyImagesTest(absltest.TestCase):
@@ -115,6 +120,17 @@ class LazyImagesTest(absltest.TestCase):
     np.testing.assert_array_equal(
       images[np.array([5])][0], data.clip_preprocess(_ramp(25, 30), 10)
     )
+
+  def test_is_indexed_as_a_vector_is(self):
+    images = self._images(2)
+    every = images[np.arange(300)]
+    mask = np.arange(300) % 50 == 3
+    np.testing.assert_array_equal(images[mask], every[mask])
+    np.testing.assert_array_equal(images[5:9], every[5:9])
+    np.testing.assert_array_equal(images[np.array([-1])], every[-1:])
+    for rows in (300, np.array([3, 300])):
+      with self.assertRaises(IndexError):
+        images[rows]
 
   def test_errors_of_a_thread_are_raised(self):
     def broken(rows):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import tempfile
 from unittest import mock
 
@@ -87,7 +88,7 @@ def write_model(folder, vocab_size=None):
 
 def _config(model, **fields):
   config = configs.get_config("clinc150-2-smoke")
-  config.model.source, config.model.package = str(model), ""
+  config.model.source = str(model)
   config.length, config.buckets = 6, (4, 5, 7)
   config.orders = (0, 1)
   config.training.batch_size, config.devices = 8, 1
@@ -199,7 +200,7 @@ class MagmaxTest(_Folders):
       json.loads((self.folder / "results.json").read_text()), self.results
     )
     table = (self.folder / "table.md").read_text()
-    self.assertIn("| magmax | 0.5 |", table)
+    self.assertRegex(table, r"\| magmax \| 0.5 \| (slow|fast) \|")
     self.assertGreater((self.folder / "tasks.png").stat().st_size, 1000)
     # The networks of the tasks are gone, the merged one is whole.
     self.assertFalse(list(self.folder.glob("order-*/networks/*")))
@@ -333,6 +334,7 @@ class MagmaxTest(_Folders):
     ({"curves": ("nothing",)}, "curves names 'nothing'"),
     ({"export": ("nothing",)}, "export names 'nothing'"),
     ({"orders": ()}, "must name at least one"),
+    ({"export": ("sequential",)}, "export names 'sequential', which is no"),
     ({"learners": {"sequential": {}}}, "unknown learner 'independent'"),
     (
       {"learners": {"sequential": {"rate": 1}, "independent": {}}},
@@ -362,6 +364,16 @@ class MagmaxTest(_Folders):
     rows["magmax"]["rule"] = "maxmag"
     with self.assertRaisesRegex(ValueError, "Row magmax: unknown merge method"):
       self._run(self.empty / "run", rows=rows)
+    rows["magmax"]["rule"], rows["magmax"]["options"] = "ties", {"density": 2.0}
+    with self.assertRaisesRegex(ValueError, "Row magmax: density"):
+      self._run(self.empty / "run", rows=rows)
+    rows["magmax"]["options"] = {"scale": 2.0}
+    with self.assertRaisesRegex(ValueError, "Row magmax: .*scale"):
+      self._run(self.empty / "run", rows=rows)
+    rows["magmax"]["options"], rows["magmax"]["fix"] = {}, 1.0
+    with self.assertRaisesRegex(ValueError, "Row magmax: .*fix.*The fields"):
+      self._run(self.empty / "run", rows=rows)
+    del rows["magmax"]["fix"]
     rows["magmax"]["rule"] = "fisher_average"
     with self.assertRaisesRegex(ValueError, "does not take one network after"):
       self._run(self.empty / "run", rows=rows)
@@ -382,7 +394,7 @@ class MagmaxTest(_Folders):
     self.assertEqual(paper.recipes["lr-1e-5"].learning_rate, 1e-5)
 
   def test_page(self):
-    kept = {"clinc150-2": self.results}
+    kept = {"clinc150-2": self.results, "clinc150-2-smoke": self.results}
     page = _magmax_report.render(kept)
     self.assertIn("## clinc150-2", page)
     mean = 100 * np.mean(
@@ -423,7 +435,8 @@ class AllLearnersTest(_Folders):
       export=(),
       recipes={"one": {"learning_rate": 1e-2}},
       learners={
-        "joint": {},
+        # By another name.
+        "joint": {"learner": "joint"},
         "lwf": {"weight": 0.3, "temperature": 2.0},
         "ewc": {
           "samples": 5,
@@ -574,10 +587,39 @@ class AnalysisTest(_Folders):
     no = judge([3, 2], [2, 2], [1, 1], [0.5], [0.5], [9, 2, 2])
     self.assertEqual(set(no.values()), {False})
 
-  def test_one_task(self):
-    config = analysis_configs.get_config("generated-1")
-    with self.assertRaisesRegex(ValueError, "2 or more"):
+  @parameterized.parameters(
+    ("generated-1", {}, "2 or more"),
+    ("generated-2", {"recipe": "lr-1"}, "Unknown recipe 'lr-1'"),
+    ("generated-2", {"top": 2.0}, r"must lie in \(0, 1\]"),
+    ("generated-2", {"densities": (0.0,)}, r"must lie in \(0, 1\]"),
+  )
+  def test_bad_configurations(self, variant, fields, message):
+    config = analysis_configs.get_config(variant)
+    for name, value in fields.items():
+      config[name] = value
+    with self.assertRaisesRegex(ValueError, message):
       magmax_analysis.run(config, str(self.empty / "run"))
+    self.assertFalse((self.empty / "run").exists())
+
+
+class FindModelTest(absltest.TestCase):
+  def test_a_package_stands_for_its_own_model_alone(self):
+    with tempfile.TemporaryDirectory() as folder:
+      root = pathlib.Path(folder)
+      (root / "held" / "inner").mkdir(parents=True)
+      (root / "held" / "__init__.py").write_text("")
+      with (
+        mock.patch.object(sys, "path", [folder, *sys.path]),
+        mock.patch.dict(_backbone._PACKAGES, {"owner/held": ("held", "inner")}),
+      ):
+        self.assertEqual(
+          _backbone.find_model("owner/held"), root / "held" / "inner"
+        )
+        with mock.patch.object(
+          hugging_face, "locate", lambda source, weights_only: "hub"
+        ):
+          self.assertEqual(_backbone.find_model("owner/other"), "hub")
+      self.assertEqual(_backbone.find_model(folder), root)
 
 
 class ImagesTest(absltest.TestCase):

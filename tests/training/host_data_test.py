@@ -119,6 +119,15 @@ class HostDataTest(parameterized.TestCase):
     with self.assertRaisesRegex(OSError, "no disk in epoch 0"):
       _train(training.HostData(broken, 12))
 
+  def test_fit_takes_none(self):
+    with self.assertRaisesRegex(ValueError, "give it to training.train"):
+      training.fit(
+        lambda params, batch, key: params["w"].sum(),
+        {"w": jnp.ones(3)},
+        training.HostData(_examples, 12),
+        key=jax.random.key(0),
+      )
+
   def test_another_number_of_examples(self):
     host = training.HostData(lambda epoch: _examples(0), 11)
     with self.assertRaisesRegex(
