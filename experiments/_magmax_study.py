@@ -186,6 +186,12 @@ def kind(study: Study, learner: str) -> str:
   return study.config.learners[learner].get("learner", learner)
 
 
+def by_task(study: Study, row: str) -> bool:
+  """Whether a row is each task's own network on its own examples."""
+  one = study.rows[row]
+  return kind(study, one.learner) == "independent" and not one.rule
+
+
 def recipes(study: Study, learner: str) -> tuple[str, ...]:
   """Names of the recipes of a learner: its own, or those of all."""
   own = study.config.learners[learner].get("recipes")

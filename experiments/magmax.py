@@ -143,7 +143,7 @@ class _Cell:
       found: dict[str, dict[str, float]] = {}
       for name in names:
         row = self.study.rows[name]
-        if name == "independent":
+        if _magmax_study.by_task(self.study, name):
           found[name] = {"1.0": self._own(learner, recipe, "validation")}
           continue
         params = merged(name)
@@ -266,17 +266,20 @@ class _Cell:
     total = self.problem.num_tasks
     entries = {place: {**choice} for place, choice in wanted.items()}
     names = sorted({name for name, _ in wanted})
-    if "independent" in names:
+    ends = []
+    for name in names:
+      if not _magmax_study.by_task(self.study, name):
+        ends.append(name)
+        continue
       own = self._own(learner, recipe, "test")
-      for variant in VARIANTS:
-        if ("independent", variant) in entries:
-          entries["independent", variant]["accuracy"] = own
-    ends = [name for name in names if name != "independent"]
+      for place, entry in entries.items():
+        if place[0] == name:
+          entry["accuracy"] = own
     curves = [name for name in ends if name in self.study.config.curves]
     matrices = {
       place: np.full((total, total), np.nan)
       for place in wanted
-      if place[0] != "independent"
+      if place[0] in ends
     }
     # Same row, same coefficient: measured once.
     known: dict[tuple[str, float, int], list[float]] = {}

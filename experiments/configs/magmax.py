@@ -20,6 +20,8 @@ one recipe, one order, one epoch.
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -176,6 +178,12 @@ def _of_images(name: str) -> ml_collections.ConfigDict:
   del config.length, config.buckets, config.logit_scale, config.templates
   config.kind = "images"
   config.dataset, config.splits, config.templates, epochs = _IMAGES[name]
+  # The class order of the published code (github.com/danielm1405/magmax); it
+  # has none for Cars, whose own order is taken.
+  file = pathlib.Path(__file__).with_name("magmax_orders.json")
+  orders = json.loads(file.read_text())
+  if name != "generated":
+    config.orders = (tuple(orders[name]) if name in orders else -1,)
   # Share of the training images that settings are chosen by.
   config.validation = 0.1
   # A JSON file of names, for a set whose own names are codes (ImageNet-R).

@@ -388,6 +388,14 @@ class MagmaxTest(_Folders):
       with self.assertRaisesRegex(ValueError, "Unknown variant"):
         configs.get_config(variant)
     self.assertEqual(list(configs.get_config("clinc150-1").rows), ["joint"])
+    for name, count in (
+      ("cifar100", 100),
+      ("imagenet_r", 200),
+      ("cub200", 200),
+    ):
+      (order,) = configs.get_config(f"{name}-10").orders
+      self.assertEqual(sorted(order), list(range(count)))
+    self.assertEqual(configs.get_config("cars-10").orders, (-1,))
     paper = configs.get_config("cars-10")
     self.assertEqual(paper.training.epochs, 30)
     self.assertEqual(paper.training.batch_size, 128)
