@@ -36,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
   cache = tempfile.TemporaryDirectory(prefix="jaxmerge-test-cache-")
   config.add_cleanup(cache.cleanup)
   os.environ["XDG_CACHE_HOME"] = cache.name
+  # Runs that go on, and those they are compared with, compile the same
+  # programs. Each process of the tests has a folder of its own: JAX does not
+  # write its entries under temporary names.
+  jax.config.update("jax_compilation_cache_dir", f"{cache.name}/programs")
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   os.environ["MPLBACKEND"] = "Agg"
 
 

@@ -11,7 +11,6 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from jaxmerge.data._dataset import DataError
 from jaxmerge.data._prepare import prepare
@@ -24,7 +23,7 @@ from jaxmerge.data._tfds import (
   tfds_root,
 )
 
-_BICUBIC = Image.Resampling.BICUBIC
+_BICUBIC = 3  # As PIL numbers it; whoever needs no image imports no PIL.
 
 
 def clip_preprocess(image: Any, side: int) -> np.ndarray:
@@ -102,7 +101,10 @@ def clip_augment(
   return np.asarray(picture.resize((side, side), _BICUBIC, box))
 
 
-def _rgb(image: Any) -> Image.Image:
+def _rgb(image: Any) -> Any:
+  """A PIL image of three channels."""
+  from PIL import Image
+
   if isinstance(image, bytes):
     image = Image.open(io.BytesIO(image))
   elif not isinstance(image, Image.Image):

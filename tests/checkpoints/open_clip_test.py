@@ -52,9 +52,8 @@ def _like(model):
   return jax.eval_shape(model.init, jax.random.key(0), images, ids)["params"]
 
 
-def _params(model):
-  images, ids = _inputs()
-  return _noise.noisy(model.init(jax.random.key(0), images, ids)["params"])
+def _params():
+  return _noise.params(models.clip_from_open_clip(CONFIG), *_inputs())
 
 
 def _theirs(params):
@@ -116,7 +115,7 @@ class OpenClipTest(absltest.TestCase):
     self.folder = self.root / "model"
     self.folder.mkdir()
     self.model = models.clip_from_open_clip(CONFIG)
-    self.params = jax.tree.map(np.asarray, _params(self.model))
+    self.params = _params()
 
   def _write(self, tensors):
     safetensors_numpy.save_file(tensors, self.folder / open_clip.WEIGHTS)

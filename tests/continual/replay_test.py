@@ -769,7 +769,7 @@ class ErrorsTest(parameterized.TestCase):
     for other, message in (
       (
         {"row": items["row"]},
-        "'image' is in the buffer but missing from items",
+        "'input' is in the buffer but missing from items",
       ),
       ({**items, "input": items["input"][:, :2]}, r"\(40, 3\) in the buffer"),
       ({**items, "row": items["row"] * 1.0}, "dtype int32 in the buffer"),

@@ -32,6 +32,7 @@ from experiments.configs import magmax as configs
 from experiments.configs import magmax_analysis as analysis_configs
 from jaxmerge import data, merging, models
 from jaxmerge.checkpoints import hugging_face
+from tests.models import _noise
 
 CLASSES = ("pay_bill", "book_flight", "play_song", "set_alarm")
 WORDS = {
@@ -82,8 +83,8 @@ def write_model(folder, vocab_size=None):
   config = {**SIZES, "vocab_size": vocab_size or len(words)}
   (folder / "config.json").write_text(json.dumps(config))
   model = models.bert_from_config(config, pooler=True)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-  hugging_face.save(folder, params["params"])
+  params = _noise.params(model, jnp.zeros((1, 4), jnp.int32))
+  hugging_face.save(folder, params)
 
 
 def _config(model, **fields):
@@ -92,6 +93,7 @@ def _config(model, **fields):
   config.length, config.buckets = 6, (4, 5, 7)
   config.orders = (0, 1)
   config.training.batch_size, config.devices = 8, 1
+  config.training.epochs = 4
   with config.unlocked():
     config.recipes = {
       "slow": {"learning_rate": 1e-3},

@@ -38,7 +38,7 @@ def _batch(vocab_size, length=9, count=4, seed=0):
 
 
 def _params(model, ids):
-  return _noise.noisy(model.init(jax.random.key(0), ids)["params"], 0.3)
+  return _noise.params(model, ids)
 
 
 def _reference(tensors, ids, mask, heads, layers):
@@ -81,7 +81,7 @@ class BertTest(parameterized.TestCase):
     model = models.bert_from_config(SIZES, pooler=True)
     ids, mask = _batch(40)
     params = _params(model, ids)
-    found = model.apply({"params": params}, ids, mask)
+    found = jax.jit(model.apply)({"params": params}, ids, mask)
     with tempfile.TemporaryDirectory() as folder:
       hugging_face.save(folder, params)
       infos = _safetensors.tensors(folder)
@@ -105,17 +105,19 @@ class BertTest(parameterized.TestCase):
     params = _params(model, ids)
     padded = np.pad(ids, ((0, 0), (0, 5)), constant_values=7)
     more = np.pad(mask, ((0, 0), (0, 5)))
-    found = model.apply({"params": params}, padded, more).hidden
-    plain = model.apply({"params": params}, ids, mask).hidden
+    apply = jax.jit(model.apply)
+    found = apply({"params": params}, padded, more).hidden
+    plain = apply({"params": params}, ids, mask).hidden
     chex.assert_trees_all_close(found[:, :9], plain, rtol=1e-5, atol=1e-5)
 
-  @parameterized.parameters({}, {"remat": True}, {"dtype": jnp.bfloat16})
+  @parameterized.parameters({}, {"dtype": jnp.bfloat16})
   def test_packing_changes_nothing(self, **options):
     ids, _ = _batch(40, count=6)
     mask = np.arange(9) < np.array([[9], [4], [5], [3], [6], [7]])
     ids = np.where(mask, ids, 0)
-    model = models.bert_from_config(SIZES, **options)
-    params = _params(models.bert_from_config(SIZES), ids)
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    model = models.bert_from_config(sizes, **options)
+    params = _params(model, ids)
     vector = jax.random.normal(jax.random.key(2), (24,))
 
     def loss(params, given):
@@ -125,7 +127,7 @@ class BertTest(parameterized.TestCase):
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, hidden), grads = step(params, jnp.asarray(mask))
     close = 2e-2 if "dtype" in options else 1e-4
-    for rows in (4, 6):
+    for rows in (4,):
       packing = models.pack_texts(jnp.asarray(mask), rows)
       self.assertTrue(bool(packing.fits))
       (mine, found), mine_grads = step(params, packing)
@@ -147,26 +149,26 @@ class BertTest(parameterized.TestCase):
     packing = models.pack_texts(jnp.asarray(mask), 1)
     self.assertFalse(bool(packing.fits))
     model = models.bert_from_config(SIZES)
-    found = model.apply({"params": params}, ids, packing).hidden
+    apply = jax.jit(model.apply)
+    found = apply({"params": params}, ids, packing).hidden
     self.assertTrue(np.isnan(found).all())
 
   def test_remat_and_half_types(self):
     ids, mask = _batch(40)
     params = _params(models.bert_from_config(SIZES), ids)
 
-    def loss(params, **options):
+    def grad(**options):
       model = models.bert_from_config(SIZES, **options)
-      hidden = model.apply({"params": params}, ids, mask).hidden
-      return (models.mean_embedding(hidden, mask)[:, 0]).sum()
 
-    plain = jax.grad(loss)(params)
-    chex.assert_trees_all_close(
-      jax.grad(lambda p: loss(p, remat=True))(params),
-      plain,
-      rtol=1e-4,
-      atol=1e-6,
-    )
-    half = jax.grad(lambda p: loss(p, dtype=jnp.bfloat16))(params)
+      def loss(params):
+        hidden = model.apply({"params": params}, ids, mask).hidden
+        return (models.mean_embedding(hidden, mask)[:, 0]).sum()
+
+      return jax.jit(jax.grad(loss))(params)
+
+    plain = grad()
+    chex.assert_trees_all_close(grad(remat=True), plain, rtol=1e-4, atol=1e-6)
+    half = grad(dtype=jnp.bfloat16)
     chex.assert_trees_all_equal_dtypes(half, plain)
     flat = [
       jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])

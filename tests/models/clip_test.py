@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import unittest
 
@@ -29,27 +30,26 @@ def _inputs(vocab_size=30, end=29, side=8, length=10):
   return images, ids, np.arange(length) <= sizes[:, None]
 
 
+def _params():
+  images, ids, _ = _inputs()
+  return _noise.params(models.Clip(VISION, TEXT, 6), images, ids, size=0.2)
+
+
 class ClipTest(parameterized.TestCase):
-  def _model(self, **options):
-    model = models.Clip(VISION, TEXT, 6, **options)
-    images, ids, mask = _inputs()
-    params = _noise.noisy(
-      models.Clip(VISION, TEXT, 6).init(jax.random.key(0), images, ids)[
-        "params"
-      ]
-    )
-    return model, params, images, ids, mask
+  def _model(self):
+    return models.Clip(VISION, TEXT, 6), _params(), *_inputs()
 
   def test_logits_are_scaled_cosines(self):
     model, params, images, ids, mask = self._model()
     variables = {"params": params}
-    a = np.asarray(model.apply(variables, images, method="encode_image"))
-    b = np.asarray(model.apply(variables, ids, mask, method="encode_text"))
+    apply = jax.jit(model.apply, static_argnames="method")
+    a = np.asarray(apply(variables, images, method="encode_image"))
+    b = np.asarray(apply(variables, ids, mask, method="encode_text"))
     cosines = (a @ b.T) / np.outer(
       np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     )
     np.testing.assert_allclose(
-      model.apply(variables, images, ids, mask),
+      apply(variables, images, ids, mask),
       np.exp(params["logit_scale"]) * cosines,
       rtol=1e-4,
       atol=1e-4,
@@ -58,6 +58,7 @@ class ClipTest(parameterized.TestCase):
   def test_what_is_behind_the_end_changes_nothing(self):
     model, params, _, ids, mask = self._model()
 
+    @jax.jit
     def encode(ids, mask=None):
       return model.apply({"params": params}, ids, mask, method="encode_text")
 
@@ -71,26 +72,33 @@ class ClipTest(parameterized.TestCase):
   def test_legacy_end_is_the_largest_token(self):
     model, params, _, ids, _ = self._model()
     legacy = models.Clip(VISION, TEXT._replace(end=2), 6)
-    chex.assert_trees_all_equal(
-      model.apply({"params": params}, ids, method="encode_text"),
-      legacy.apply({"params": params}, ids, method="encode_text"),
-    )
+    found = [
+      jax.jit(one.apply, static_argnames="method")(
+        {"params": params}, ids, method="encode_text"
+      )
+      for one in (model, legacy)
+    ]
+    chex.assert_trees_all_equal(*found)
 
   def test_remat_and_half_types(self):
-    model, params, images, ids, mask = self._model()
+    _, _, images, ids, mask = self._model()
+    sizes = [one._replace(depth=1) for one in (VISION, TEXT)]
+    model = models.Clip(*sizes, 6)
+    params = _noise.params(model, images, ids)
 
-    def loss(params, model):
-      return model.apply({"params": params}, images, ids, mask)[0, 0]
+    @functools.partial(jax.jit, static_argnums=1)
+    def step(params, model):
+      def loss(params):
+        return model.apply({"params": params}, images, ids, mask)[0, 0]
 
-    plain = jax.grad(loss)(params, model)
-    remat = models.Clip(VISION, TEXT, 6, remat=True)
-    chex.assert_trees_all_close(
-      jax.grad(loss)(params, remat), plain, rtol=1e-4, atol=1e-6
-    )
-    half = models.Clip(VISION, TEXT, 6, dtype=jnp.bfloat16)
-    grads = jax.grad(loss)(params, half)
+      return jax.value_and_grad(loss)(params)
+
+    value, plain = step(params, model)
+    _, again = step(params, models.Clip(*sizes, 6, remat=True))
+    chex.assert_trees_all_close(again, plain, rtol=1e-4, atol=1e-6)
+    half = models.Clip(*sizes, 6, dtype=jnp.bfloat16)
+    other, grads = step(params, half)
     chex.assert_trees_all_equal_dtypes(grads, plain)
-    value, other = loss(params, model), loss(params, half)
     self.assertEqual(other.dtype, jnp.float32)
     self.assertLess(float(abs(value - other)), 0.05 * 1 / 0.07)
 
@@ -113,10 +121,14 @@ class ClipTest(parameterized.TestCase):
   def test_inputs_that_do_not_fit(self):
     model, params, images, ids, _ = self._model()
     with self.assertRaisesRegex(ValueError, r"takes \[b, 8, 8, 3\]; resize"):
-      model.apply({"params": params}, images[:, :4], method="encode_image")
+      jax.eval_shape(
+        lambda x: model.apply({"params": params}, x, method="encode_image"),
+        images[:, :4],
+      )
     with self.assertRaisesRegex(ValueError, "20 tokens.*positions for 10"):
-      model.apply(
-        {"params": params}, np.tile(ids, (1, 2)), method="encode_text"
+      jax.eval_shape(
+        lambda x: model.apply({"params": params}, x, method="encode_text"),
+        np.tile(ids, (1, 2)),
       )
 
   def test_another_kind(self):
