@@ -99,6 +99,8 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   for name in config.export:
     if not rows[name].rule:
       raise ValueError(f"export names {name!r}, which is no merge.")
+  if not config.grow > 1:
+    raise ValueError(f"grow must be above 1, got {config.grow}.")
   if not config.recipes or not config.orders:
     raise ValueError("recipes and orders must name at least one each.")
   study = Study(config, backbone=_load(config, data_dir), rows=rows)

@@ -44,6 +44,8 @@ from jaxmerge.continual import metrics
 
 _ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS = ("fixed", "chosen")
+# A grid of coefficients is made no longer than that.
+_MOST_SCALES = 16
 
 # The flags are those of experiments.mpf, and --publish.
 
@@ -146,14 +148,36 @@ class _Cell:
         if _magmax_study.by_task(self.study, name):
           found[name] = {"1.0": self._own(learner, recipe, "validation")}
           continue
-        params = merged(name)
-        found[name] = {}
-        for scale in sorted({row.fixed, *row.grid}):
-          found[name][str(scale)] = self._accuracy(self._at(params, scale))
+        found[name] = self._by_scale(row, merged(name))
         self.say(f"{name}: validation")
       return found
 
     return self._json(f"validation/{learner}--{recipe}", make)
+
+  def _by_scale(self, row: _magmax_study.Row, params: Any) -> dict[str, float]:
+    """Validation accuracy at every coefficient of a row's grid.
+
+    While the best one alone is at an end of the grid, the grid is made longer there,
+    by a factor of `config.grow`: no rule suffers from where its grid ends.
+    """
+    found: dict[float, float] = {}
+
+    def measure(scale: float) -> None:
+      found[scale] = self._accuracy(self._at(params, scale))
+
+    for scale in sorted({row.fixed, *row.grid}):
+      measure(scale)
+    grow = float(self.study.config.grow)
+    while row.rule and len(found) < _MOST_SCALES:
+      best = max(found.values())
+      scales = [scale for scale, value in found.items() if value == best]
+      if scales == [max(found)]:
+        measure(round(scales[0] * grow, 6))
+      elif scales == [min(found)]:
+        measure(round(scales[0] / grow, 6))
+      else:
+        break
+    return {str(scale): found[scale] for scale in sorted(found)}
 
   def _at(self, params: Any, scale: float) -> Any:
     if scale == 1.0:

@@ -147,6 +147,9 @@ def _base() -> ml_collections.ConfigDict:
     "ewc_magmax",
   )
   config.eval_batch_size = 100
+  # While the best coefficient is the largest (smallest) of a row's grid, so
+  # many times it (a part of it) is tried, too.
+  config.grow = 1.5
   # Whether the networks of all tasks stay in the workdir.
   config.keep_experts = False
   # Rows whose network, of the first class order, is written as a checkpoint

@@ -187,6 +187,16 @@ class MagmaxTest(_Folders):
       rows["sequential"]["chosen"][0]["accuracy"], self.results["zero_shot"]
     )
 
+  def test_a_grid_grows_where_its_end_is_best(self):
+    for file in self.folder.glob("order-*/validation/*.json"):
+      for name, table in json.loads(file.read_text()).items():
+        scales = sorted(float(scale) for scale in table)
+        if len(scales) in (1, 16):  # No merge, or as long as it may be.
+          continue
+        best = max(table.values())
+        where = [s for s in scales if table[str(s)] == best]
+        self.assertNotIn(where, ([scales[0]], [scales[-1]]), (name, table))
+
   def test_curves(self):
     for name in ("sequential", "magmax", "avg"):
       for entry in self.results["rows"][name]["chosen"]:
@@ -336,6 +346,7 @@ class MagmaxTest(_Folders):
     ({"curves": ("nothing",)}, "curves names 'nothing'"),
     ({"export": ("nothing",)}, "export names 'nothing'"),
     ({"orders": ()}, "must name at least one"),
+    ({"grow": 1.0}, "grow must be above 1"),
     ({"export": ("sequential",)}, "export names 'sequential', which is no"),
     ({"learners": {"sequential": {}}}, "unknown learner 'independent'"),
     (
