@@ -157,8 +157,8 @@ class _Cell:
   def _by_scale(self, row: _magmax_study.Row, params: Any) -> dict[str, float]:
     """Validation accuracy at every coefficient of a row's grid.
 
-    While the best one alone is at an end of the grid, the grid is made longer there,
-    by a factor of `config.grow`: no rule suffers from where its grid ends.
+    While the best one alone is at an end of the grid, the grid is made longer
+    there, by a factor of `config.grow`: no rule suffers from where it ends.
     """
     found: dict[float, float] = {}
 
