@@ -13,6 +13,9 @@ Expected on two cores (barrier of the train loss after weight matching):
   cifar10-resnet20       2.87 (as they are 2.50), no alignment takes it away;
                          with REPAIR 1.93, after activation matching 0.49 of the
                          test loss; one pair of networks, 3 hours on one core
+  cifar10-mlp512         0.235 ± 0.014 at learning rate 0.1 (as they are 1.40),
+                         0.96 at 0.01 (1.72), after activation matching 0.69;
+                         three pairs, 40 minutes on one core
 """
 
 from __future__ import annotations
