@@ -6,49 +6,19 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxmerge.checkpoints import _pickled, _store
+from jaxmerge.checkpoints import _header, _lazy_tensor, _pickled, _store
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class TensorInfo(NamedTuple):
-  """One tensor of a folder.
-
-  Attributes:
-    file: the file that holds it.
-    shape: its shape.
-    dtype: its dtype in safetensors' words: "F32", "BF16", "I64", ...
-  """
-
-  file: pathlib.Path
-  shape: tuple[int, ...]
-  dtype: str
 
 
 def _error(
   path: pathlib.Path, what: str, remedy: str
 ) -> _store.CheckpointError:
   return _store.CheckpointError(f"{path}: {what}. {remedy}")
-
-
-def _safe_open(path: pathlib.Path) -> Any:
-  """Opens a file; its header is checked by the library."""
-  try:
-    import safetensors
-  except ImportError as error:
-    raise ImportError(
-      "Reading safetensors needs the library: pip install 'jaxmerge[hub]'."
-    ) from error
-  try:
-    return safetensors.safe_open(path, framework="numpy")
-  except (safetensors.SafetensorError, OSError) as error:
-    raise _error(
-      path, f"is no whole safetensors file ({error})", "Download it again."
-    ) from error
 
 
 def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
@@ -82,7 +52,7 @@ def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
   return [folder / name for name in names], whole
 
 
-def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+def tensors(folder: str | os.PathLike[str]) -> dict[str, _lazy_tensor.LazyTensor]:
   """Lists the tensors of a folder without reading them.
 
   Args:
@@ -90,7 +60,7 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
       model.safetensors.index.json; or one .safetensors file.
 
   Returns:
-    Name -> what it is.
+    Name -> the tensor, unread.
 
   Raises:
     CheckpointError: there is none, a file is damaged or missing, it is not
@@ -101,7 +71,7 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
   >>> write(folder.name, {"w": np.ones((2, 3), np.float32)})
   >>> info = tensors(folder.name)["w"]
   >>> info.shape, info.dtype
-  ((2, 3), 'F32')
+  ((2, 3), dtype('float32'))
   >>> folder.cleanup()
   """
   path = pathlib.Path(folder)
@@ -116,26 +86,24 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     for pickled in _pickled.find(path):
       _refuse_pickle(pickled)
     raise _error(path, "holds no .safetensors file", "Download the weights.")
-  found: dict[str, TensorInfo] = {}
+  found: dict[str, _lazy_tensor.LazyTensor] = {}
   for file in files:
-    with _safe_open(file) as opened:
-      for name in opened.keys():  # noqa: SIM118  # not a mapping
-        if places and places.get(name) != file.name:
-          raise _error(
-            file,
-            f"holds {name!r}, which the index puts in {places.get(name)}",
-            "Download both again.",
-          )
-        if name in found:
-          raise _error(
-            file,
-            f"holds {name!r}, as {found[name].file.name} does",
-            "Remove one of them, or add the index.",
-          )
-        part = opened.get_slice(name)
-        found[name] = TensorInfo(
-          file, tuple(part.get_shape()), str(part.get_dtype())
+    entries, _ = _header.read_header(file)
+    opened = _lazy_tensor.OpenFile(file)
+    for name, entry in entries.items():
+      if places and places.get(name) != file.name:
+        raise _error(
+          file,
+          f"holds {name!r}, which the index puts in {places.get(name)}",
+          "Download both again.",
         )
+      if name in found:
+        raise _error(
+          file,
+          f"holds {name!r}, as {found[name].file.name} does",
+          "Remove one of them, or add the index.",
+        )
+      found[name] = _lazy_tensor.LazyTensor(name, opened, entry)
   lost = sorted(set(places) - set(found))
   if lost:
     raise _error(
@@ -168,9 +136,9 @@ def some(names: Iterable[str], most: int = 10) -> str:
 
 
 def read(
-  infos: Mapping[str, TensorInfo], names: Iterable[str]
+  infos: Mapping[str, _lazy_tensor.LazyTensor], names: Iterable[str]
 ) -> dict[str, np.ndarray]:
-  """Reads tensors, opening each file once.
+  """Reads tensors.
 
   Args:
     infos: what `tensors` returned.
@@ -182,14 +150,7 @@ def read(
   Raises:
     CheckpointError: a file is damaged or has gone.
   """
-  by_file: dict[pathlib.Path, list[str]] = {}
-  for name in names:
-    by_file.setdefault(infos[name].file, []).append(name)
-  found: dict[str, np.ndarray] = {}
-  for file, held in by_file.items():
-    with _safe_open(file) as opened:
-      found |= {name: opened.get_tensor(name) for name in held}
-  return found
+  return {name: infos[name].read().reshape(infos[name].shape) for name in names}
 
 
 def write(
