@@ -98,9 +98,7 @@ def _is_count(value: Any) -> bool:
   return type(value) is int and 0 <= value < 1 << 62
 
 
-def _entry(
-  path: pathlib.Path, name: str, found: Any, begin: int
-) -> Entry:
+def _entry(path: pathlib.Path, name: str, found: Any, begin: int) -> Entry:
   """One entry of the header, checked but for its place among the others."""
   if not isinstance(found, dict):
     raise _damaged(path, f"its entry of {name!r} is no mapping")
@@ -242,7 +240,9 @@ def make_header(
   begin = 8 + len(text)
   return struct.pack("<Q", len(text)) + text, {
     name: Entry(
-      np.dtype(dtype), tuple(shape), begin + spans[name][0],
+      np.dtype(dtype),
+      tuple(shape),
+      begin + spans[name][0],
       begin + spans[name][1],
     )
     for name, (dtype, shape) in entries.items()

@@ -54,7 +54,7 @@ class OpenFile:
     Raises:
       CheckpointError: the file ends before, or cannot be read.
     """
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
       try:
@@ -91,9 +91,7 @@ class LazyTensor:
     nbytes: its number of bytes.
   """
 
-  def __init__(
-    self, name: str, opened: OpenFile, entry: _header.Entry
-  ) -> None:
+  def __init__(self, name: str, opened: OpenFile, entry: _header.Entry) -> None:
     """See the class."""
     self.name = name
     self._opened = opened
@@ -141,9 +139,7 @@ class LazyTensor:
     if copy or kind != self.dtype or not self.size:
       return self.read().reshape(self.shape).astype(kind, copy=False)
     try:
-      whole = np.memmap(
-        self.file, np.uint8, "r", self._start, (self.nbytes,)
-      )
+      whole = np.memmap(self.file, np.uint8, "r", self._start, (self.nbytes,))
     except (OSError, ValueError) as error:
       raise _store.CheckpointError(
         f"{self.file} cannot be mapped into memory ({error}). Leave the files"

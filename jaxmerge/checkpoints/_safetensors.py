@@ -52,7 +52,9 @@ def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
   return [folder / name for name in names], whole
 
 
-def tensors(folder: str | os.PathLike[str]) -> dict[str, _lazy_tensor.LazyTensor]:
+def tensors(
+  folder: str | os.PathLike[str],
+) -> dict[str, _lazy_tensor.LazyTensor]:
   """Lists the tensors of a folder without reading them.
 
   Args:

@@ -115,12 +115,16 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def locate(
-  source: str | os.PathLike[str], *, weights_only: bool = False
+  source: str | os.PathLike[str],
+  *,
+  revision: str | None = None,
+  weights_only: bool = False,
 ) -> pathlib.Path:
   """The folder of a checkpoint, downloaded where it is a hub's id.
 
   Args:
     source: a folder, or an id such as "sentence-transformers/all-MiniLM-L6-v2".
+    revision: branch, tag or commit of the hub's; None for the main one.
     weights_only: whether pickled weights are downloaded, too, see `load`.
 
   Returns:
@@ -152,7 +156,9 @@ def locate(
   try:
     wanted = ["*.json", "*.safetensors", "*.txt"]
     found = huggingface_hub.snapshot_download(
-      name, allow_patterns=[*wanted, "*.bin"] if weights_only else wanted
+      name,
+      revision=revision,
+      allow_patterns=[*wanted, "*.bin"] if weights_only else wanted,
     )
   except Exception as error:  # Of many kinds, none of them ours.
     raise _store.CheckpointError(
