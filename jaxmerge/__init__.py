@@ -38,6 +38,7 @@ _NAMES = {
   "PolyChain": "curves",
   "fit_curve": "curves",
   "mode_path_fusion": "curves",
+  "merge_checkpoints": "recipes",
 }
 
 _PACKAGES = (
@@ -48,6 +49,7 @@ _PACKAGES = (
   "data",
   "merging",
   "models",
+  "recipes",
   "training",
   "tree",
 )
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
   from jaxmerge import data as data
   from jaxmerge import merging as merging
   from jaxmerge import models as models
+  from jaxmerge import recipes as recipes
   from jaxmerge import training as training
   from jaxmerge import tree as tree
   from jaxmerge.alignment import ot_fusion as ot_fusion
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
   from jaxmerge.merging import ties as ties
   from jaxmerge.merging import tsv_merge as tsv_merge
   from jaxmerge.merging import weighted_average as weighted_average
+  from jaxmerge.recipes import merge_checkpoints as merge_checkpoints
   from jaxmerge.tree import TreeMismatchError as TreeMismatchError
 
 __all__ = sorted([*_NAMES, *_PACKAGES])
