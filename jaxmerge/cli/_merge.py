@@ -39,7 +39,7 @@ def keep_programs() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option(
   "--max-shard-size",
-  type=_show.Size(),
+  type=_show.parse_size,
   default="5GB",
   show_default=True,
   help="Size from which on a further file is begun.",

@@ -27,24 +27,16 @@ def size(count: float) -> str:
   return f"{count:.2f} TB"
 
 
-class Size(click.ParamType):
-  """Bytes, as in 5GB, 200M or 1000."""
+def parse_size(value: str) -> int:
+  """Bytes of a text such as 5GB, 200M or 1000; a type of click's options.
 
-  name = "size"
-
-  def convert(
-    self,
-    value: Any,
-    param: click.Parameter | None,
-    ctx: click.Context | None,
-  ) -> int:
-    """Bytes of a text."""
-    if isinstance(value, int):
-      return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTB]?)B?", value.upper())
-    if not found or float(found[1]) * _UNITS[found[2]] < 1:
-      self.fail(f"{value!r} is no size: write 5GB, 200MB or 1000", param, ctx)
-    return int(float(found[1]) * _UNITS[found[2]])
+  >>> parse_size("1.5GB")
+  1500000000
+  """
+  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTB]?)B?", value.upper())
+  if not found or float(found[1]) * _UNITS[found[2]] < 1:
+    raise click.BadParameter(f"{value!r} is no size: write 5GB, 200MB or 1000")
+  return int(float(found[1]) * _UNITS[found[2]])
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
