@@ -1,0 +1,70 @@
+"""`jaxmerge convert`."""
+
+from __future__ import annotations
+
+import click
+
+from jaxmerge.cli import _show
+
+
+@click.command("convert")
+@click.argument("source", metavar="IN")
+@click.argument("out")
+@click.option(
+  "--to",
+  type=click.Choice(["orbax", "safetensors"]),
+  help="The layout of OUT; the other one than that of IN by default.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option(
+  "--max-shard-size",
+  type=_show.parse_size,
+  default="5GB",
+  show_default=True,
+  help="Size from which on a further file of safetensors is begun.",
+)
+@click.option(
+  "--weights-only",
+  is_flag=True,
+  help="Read pickled weights, and nothing else of a pickle.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def convert_command(
+  source: str,
+  out: str,
+  to: str | None,
+  overwrite: bool,
+  max_shard_size: int,
+  weights_only: bool,
+  quiet: bool,
+  as_json: bool,
+) -> int:
+  """Writes the checkpoint IN of safetensors as Orbax's OUT, or back.
+
+  Dots in names become nested mappings, and nested mappings dots; names that
+  would not come back as they were are refused.
+  """
+  from jaxmerge import recipes
+
+  bar = _show.Bar(False if quiet or as_json else None)
+  try:
+    report = recipes.convert(
+      source,
+      out,
+      to=to,
+      overwrite=overwrite,
+      max_shard_bytes=max_shard_size,
+      weights_only=weights_only,
+      seen=bar,
+    )
+  finally:
+    bar.close()
+  if as_json:
+    _show.as_json(report._asdict())
+    return 0
+  click.echo(
+    f"{report.out}: {report.layout}, {report.tensors} tensors,"
+    f" {_show.size(report.bytes_written)}"
+  )
+  return 0
