@@ -40,6 +40,14 @@ _TASKS = {
   "ForTokenClassification": "TOKEN_CLS",
   "ForQuestionAnswering": "QUESTION_ANS",
 }
+# What PEFT saves whole of a network of such a task, asked for or not.
+_HEADS = {
+  "SEQ_CLS": re.compile(r"(.*(?:classifier|score))\."),
+  "TOKEN_CLS": re.compile(r"(.*(?:classifier|score))\."),
+  "QUESTION_ANS": re.compile(r"(.*qa_outputs)\."),
+}
+# Scores of which nothing but the embedding is read.
+_PLAIN_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class Kept(NamedTuple):
@@ -98,9 +106,11 @@ def _module(name: str) -> str:
   return name.rpartition(".")[0]
 
 
-def _why_not(change: _changes.Change, conv1d: bool) -> str:
+def _why_not(change: _changes.Change, conv1d: bool, heads: set[str]) -> str:
   """Why no factors can be made of a tensor; nothing where they can."""
   module = _module(change.name)
+  if change.name in heads:
+    return "of the head, which PEFT saves whole"
   if change.name.endswith(".bias"):
     return "a bias"
   if len(change.base.shape) != 2:
@@ -259,48 +269,82 @@ def _prefix(base: checkpoints.Checkpoint) -> str:
   return "" if any(name.startswith(f"{part}.") for name in base) else f"{part}."
 
 
-class _Rest(NamedTuple):
+def _heads(base: checkpoints.Checkpoint, task: str | None) -> dict[str, str]:
+  """Tensors of modules that PEFT saves whole of itself -> the module."""
+  pattern = _HEADS.get(task or "")
+  if pattern is None:
+    return {}
+  found = {name: pattern.match(name) for name in base}
+  return {name: match[1] for name, match in found.items() if match}
+
+
+class _Rest:
   """Tensors that are put into the adapter whole.
 
+  Args:
+    prefix: what names begin with in the network, but not in the file.
+
   Attributes:
-    modules: names of modules that are saved.
+    names: of the tensors, in the file.
+    modules: names of modules that are saved, in the network.
     tensors: name in the adapter -> the tuned network's tensor.
     bias: PEFT's word for which biases there are.
   """
 
-  modules: list[str]
-  tensors: dict[str, Tensor]
-  bias: str
+  def __init__(self, prefix: str) -> None:
+    self._prefix = prefix
+    self.names: set[str] = set()
+    self.modules: list[str] = []
+    self.tensors: dict[str, Tensor] = {}
+    self.bias = "none"
 
+  def add_module(self, module: str, tensors: dict[str, Tensor]) -> None:
+    """Saves a module, or more of it."""
+    if self._prefix + module not in self.modules:
+      self.modules.append(self._prefix + module)
+    for name, tensor in tensors.items():
+      self.tensors[f"{_PREFIX}{self._prefix}{name}"] = tensor
+      self.names.add(name)
 
-def _rest(
-  names: list[str],
-  adapted: set[str],
-  found: dict[str, _changes.Change],
-  prefix: str,
-) -> tuple[_Rest, set[str]]:
-  """What the adapter has to hold for some tensors, and which of them it can."""
-  modules: dict[str, None] = {}
-  tensors: dict[str, Tensor] = {}
-  saved = set()
-  bias = "none"
-  for name in names:
+  def add(
+    self,
+    name: str,
+    adapted: set[str],
+    found: dict[str, _changes.Change],
+    tied: list[str],
+  ) -> None:
+    """Saves a tensor, if PEFT can.
+
+    Args:
+      name: of the tensor.
+      adapted: modules that have factors.
+      found: all tensors.
+      tied: names of the embedding and of the scores that are tied to it.
+    """
     module, _, last = name.rpartition(".")
-    if module in adapted and last == "bias":
-      # PEFT has put a layer around the one of this bias.
-      tensors[f"{_PREFIX}{prefix}{module}.base_layer.bias"] = found[name].tuned
-      bias = "all"
-      saved.add(name)
-      continue
-    own = [other for other in found if other.startswith(f"{module}.")]
+    if module in adapted:
+      if last == "bias":
+        # PEFT has put a layer around the one of this bias.
+        place = f"{_PREFIX}{self._prefix}{module}.base_layer.bias"
+        self.tensors[place] = found[name].tuned
+        self.names.add(name)
+        self.bias = "all"
+      return
+    own = {
+      other: change.tuned
+      for other, change in found.items()
+      if other.startswith(f"{module}.")
+    }
     # PEFT saves modules whole, and these hold other ones.
     if not module or any(_module(other) != module for other in own):
-      continue
-    modules[module] = None
-    saved.add(name)
-    for other in own:
-      tensors[f"{_PREFIX}{prefix}{other}"] = found[other].tuned
-  return _Rest([prefix + one for one in modules], tensors, bias), saved
+      return
+    if name in tied:
+      # PEFT unties them, and would leave the scores as they were.
+      if tied[1] not in _PLAIN_HEADS:
+        return
+      self.modules.append(_module(tied[1]))
+      self.tensors[_PREFIX + tied[1]] = found[name].tuned
+    self.add_module(module, own)
 
 
 def extract_lora(
@@ -379,6 +423,8 @@ def extract_lora(
   }
   config = first.config()
   conv1d = config.get("model_type") in _CONV1D
+  task = _task(config)
+  heads = _heads(first, task)
   matrices: dict[str, _Factored] = {}
   rest: dict[str, tuple[float, str]] = {}
   for name, change in found.items():
@@ -391,7 +437,7 @@ def extract_lora(
       )
     if norm == 0:
       continue
-    why = _why_not(change, conv1d)
+    why = _why_not(change, conv1d, set(heads))
     if why:
       rest[name] = norm, why
     else:
@@ -404,9 +450,14 @@ def extract_lora(
     )
   prefix = _prefix(first)
   adapted = {_module(name) for name in matrices}
-  saved, whole = _Rest([], {}, "none"), set[str]()
+  saved = _Rest(prefix)
+  for name, module in heads.items():
+    tensor = found[name].tuned if name in found else first[name]
+    saved.add_module(module, {name: tensor})
   if save_rest:
-    saved, whole = _rest(list(rest), adapted, found, prefix)
+    for name in rest:
+      if name not in heads:
+        saved.add(name, adapted, found, _describe.tied_head(first))
   made = [
     one
     for name, matrix in matrices.items()
@@ -416,7 +467,6 @@ def extract_lora(
     _writing.copied(name, tensor) for name, tensor in saved.tensors.items()
   ]
   modules = {_module(name): None for name in first if _module(name)}
-  tied = set(_describe.tied_head(first)[:1])
   with _building.building(
     out,
     [first, second],
@@ -428,7 +478,7 @@ def extract_lora(
       folder / "adapter_config.json",
       {
         "peft_type": "LORA",
-        "task_type": _task(config),
+        "task_type": task,
         "base_model_name_or_path": str(base),
         "r": rank,
         "lora_alpha": rank,
@@ -441,11 +491,9 @@ def extract_lora(
         ),
         "modules_to_save": saved.modules or None,
         "inference_mode": True,
-        # PEFT would leave the scores with the old embedding.
-        **({"ensure_weight_tying": True} if tied & whole else {}),
       },
     )
-  return _report(out, rank, matrices, rest, whole, written)
+  return _report(out, rank, matrices, rest, saved.names, written)
 
 
 def _report(

@@ -16,6 +16,7 @@ from jaxmerge.recipes import (
   _changes,
   _folder,
   _lora,
+  _models,
   _plan,
   _writing,
   _yaml,
@@ -372,9 +373,23 @@ def _of_adapter(
     # The bias of a layer that PEFT has put another one around.
     name = name.replace(".base_layer.", ".")
     place = _lora._match(name, base)
+    if place is None and _has_twin(name, base, parts.replaced):
+      continue
     place = _check_fit(adapter, name, tuple(tensor.shape), place, base)
     found[place] = _replaced(place, base[place], tensor, scale, adapter)
   return found
+
+
+def _has_twin(
+  name: str, base: checkpoints.Checkpoint, replaced: dict[str, Tensor]
+) -> bool:
+  """Whether a tensor is tied to one of the base, which is replaced, too."""
+  for names in _models._TIES:
+    if name in names:
+      for other in names & set(replaced):
+        if _lora._match(other, base) is not None:
+          return True
+  return False
 
 
 def _with_product(
