@@ -137,7 +137,7 @@ def _print(found: Comparison, a: str, b: str, show_all: bool) -> None:
     click.echo(_show.table(rows, right=range(1, len(heading))))
   rest = len(found.tensors) - len(shown)
   if rest:
-    click.echo(f"{rest} tensors are equal.")
+    click.echo(f"Equal: {rest} of {len(found.tensors)} tensors.")
 
 
 def _cells(one: TensorDifference, has_base: bool) -> list[str]:

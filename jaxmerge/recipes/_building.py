@@ -12,6 +12,8 @@ from typing import Any
 from jaxmerge import checkpoints
 from jaxmerge.recipes import _folder, _yaml
 
+# Orbax's own, where folders cannot be renamed.
+_COMMITTED = "commit_success.txt"
 Source = str | os.PathLike[str]
 
 
@@ -42,6 +44,24 @@ def open_source(
   return opened
 
 
+def target_of(out: Source, overwrite: bool) -> pathlib.Path:
+  """The folder of a result, before anything is read for it.
+
+  Args:
+    out: as it was given.
+    overwrite: whether what is there may be replaced.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    RecipeError: something is there.
+  """
+  target = pathlib.Path(os.path.abspath(out))
+  _folder.check_target(target, overwrite)
+  return target
+
+
 @contextlib.contextmanager
 def building(
   out: Source,
@@ -65,8 +85,7 @@ def building(
     RecipeError: the place is taken, holds one of the sources, is too small or
       cannot be written to.
   """
-  target = pathlib.Path(os.path.abspath(out))
-  _folder.check_target(target, overwrite)
+  target = target_of(out, overwrite)
   for source in sources:
     if source.path.resolve().is_relative_to(target.resolve()):
       raise _yaml.RecipeError(
@@ -102,3 +121,9 @@ def carry_others(
   found = donor.config() if config is None else config
   if found or donor.path.is_dir():
     _folder.copy_others(donor, folder, found)
+    if donor.layout == "orbax":
+      for file in list(folder.rglob(_COMMITTED)):
+        file.unlink()
+        # That of a step, in which nothing else was copied.
+        if file.parent != folder and not any(file.parent.iterdir()):
+          file.parent.rmdir()

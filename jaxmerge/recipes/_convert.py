@@ -178,6 +178,7 @@ def convert(
   LoadedTensor('h/w', float64, (2, 3))
   >>> folder.cleanup()
   """
+  _building.target_of(out, overwrite)
   opened = _building.open_source(source, weights_only=weights_only)
   layout = to
   if layout is None:

@@ -185,6 +185,19 @@ def _twice(opened: checkpoints.Checkpoint) -> list[list[str]]:
   return groups
 
 
+def architectures(config: dict[str, Any]) -> list[str]:
+  """The names of a network's classes.
+
+  Args:
+    config: what config.json holds.
+
+  Returns:
+    The names; none where it says none.
+  """
+  found = config.get("architectures")
+  return [str(one) for one in found] if isinstance(found, list) else []
+
+
 def tied_head(opened: checkpoints.Checkpoint) -> list[str]:
   """The embedding that is read again for the scores.
 
@@ -196,8 +209,7 @@ def tied_head(opened: checkpoints.Checkpoint) -> list[str]:
     tied.
   """
   config = opened.config()
-  kinds = config.get("architectures") or []
-  heads = any(str(kind).endswith(_WITH_HEAD) for kind in kinds)
+  heads = any(kind.endswith(_WITH_HEAD) for kind in architectures(config))
   if not heads or config.get("tie_word_embeddings") is False:
     return []
   for names in _models._TIES:

@@ -246,11 +246,11 @@ def _targets(kept: list[str], names: list[str]) -> list[str]:
 
 
 def _task(config: dict[str, Any]) -> str | None:
-  for kind in config.get("architectures") or []:
+  for kind in _describe.architectures(config):
     for end, task in _TASKS.items():
-      if str(kind).endswith(end):
+      if kind.endswith(end):
         return task
-    if str(kind).endswith("ForConditionalGeneration") and config.get(
+    if kind.endswith("ForConditionalGeneration") and config.get(
       "is_encoder_decoder"
     ):
       return "SEQ_2_SEQ_LM"
@@ -261,7 +261,7 @@ def _prefix(base: checkpoints.Checkpoint) -> str:
   """What names of modules begin with in the network, but not in the file."""
   config = base.config()
   part = _PARTS.get(str(config.get("model_type")))
-  kinds = [str(kind) for kind in config.get("architectures") or []]
+  kinds = _describe.architectures(config)
   if part is None or not any(
     "For" in kind or kind.endswith("LMHeadModel") for kind in kinds
   ):
@@ -416,6 +416,7 @@ def extract_lora(
   if rank < 1:
     raise _yaml.RecipeError(f"The rank is {rank}. Give 1 or more.")
   kind = _vectors.check_dtype(dtype)
+  _building.target_of(out, overwrite)
   first = _building.open_source(base, weights_only=weights_only)
   second = _building.open_source(tuned, weights_only=weights_only)
   found = {

@@ -152,6 +152,7 @@ def extract(
   >>> folder.cleanup()
   """
   kind = check_dtype(dtype)
+  _building.target_of(out, overwrite)
   first = _building.open_source(base, weights_only=weights_only)
   second = _building.open_source(tuned, weights_only=weights_only)
   found = _changes.changes(first, second, select)
@@ -243,6 +244,7 @@ def apply_vector(
   """
   if not math.isfinite(scale):
     raise _yaml.RecipeError(f"The scale is {scale}. Give a finite one.")
+  _building.target_of(out, overwrite)
   first = _building.open_source(base, weights_only=weights_only)
   second = _building.open_source(vector, weights_only=weights_only)
   if second.is_adapter:
