@@ -147,7 +147,7 @@ def _cells(one: TensorDifference, has_base: bool) -> list[str]:
     f"{share:.2%}",
     _text(one.norm),
     _text(one.relative),
-    _text(one.cosine),
+    _text(one.cosine, 6),
     _text(one.largest),
   ]
   if has_base:
@@ -158,12 +158,12 @@ def _cells(one: TensorDifference, has_base: bool) -> list[str]:
       else [
         _text(task.norm_a),
         _text(task.norm_b),
-        _text(task.cosine),
+        _text(task.cosine, 6),
         f"{task.rate:.2%}",
       ]
     )
   return found
 
 
-def _text(value: float) -> str:
-  return "-" if math.isnan(value) else f"{value:.4g}"
+def _text(value: float, digits: int = 4) -> str:
+  return "-" if math.isnan(value) else f"{value:.{digits}g}"

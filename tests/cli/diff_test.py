@@ -30,7 +30,7 @@ class DiffTest(_on_disk.OnDiskTest):
     found = self._run()
     self.assertEqual((found.status, found.err), (0, ""))
     lines = found.out.splitlines()
-    cosine = f"{13 / np.sqrt(250):.4g}"
+    cosine = f"{13 / np.sqrt(250):.6g}"
     self.assertEqual(lines[1].split(), ["w", "50.00%", "3", "0.6", cosine, "3"])
     self.assertEqual(lines[2].split()[:3], ["total", "20.00%", "3"])
     self.assertEqual(lines[3], "Equal: 1 of 2 tensors.")
@@ -47,7 +47,7 @@ class DiffTest(_on_disk.OnDiskTest):
     self.assertEqual(row[0], "w")
     # (1, 2) and (1, -1)
     self.assertEqual(
-      row[-4:], ["2.236", "1.414", f"{-1 / np.sqrt(10):.4g}", "50.00%"]
+      row[-4:], ["2.236", "1.414", f"{-1 / np.sqrt(10):.6g}", "50.00%"]
     )
     found = self._run("--base", self.root / "base", "--json", "--all")
     found = json.loads(found.out)
