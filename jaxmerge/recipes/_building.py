@@ -6,10 +6,11 @@ import contextlib
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxmerge import checkpoints
+from jaxmerge.checkpoints import _pickled
 from jaxmerge.recipes import _folder, _yaml
 
 # Orbax's own, where folders cannot be renamed.
@@ -30,7 +31,7 @@ def open_source(
     The checkpoint.
 
   Raises:
-    CheckpointError: it is not there, or is damaged.
+    CheckpointError: it is not there, is damaged, or holds no tensor.
     RecipeError: a file of it is a link out of its folder.
   """
   path = pathlib.Path(source)
@@ -39,9 +40,27 @@ def open_source(
     path = checkpoints.hugging_face.locate(
       name, revision=revision or None, weights_only=weights_only
     )
+  _check_inside(_pickled.find(path), path)
   opened = checkpoints.open(path, weights_only=weights_only)
   _folder.check_links(opened)
+  if opened.layout == "orbax":
+    _check_inside(path.rglob("*"), path)
+  if not opened:
+    raise checkpoints.CheckpointError(
+      f"{path} holds no tensor. Give a whole checkpoint."
+    )
   return opened
+
+
+def _check_inside(files: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
+  """Does as `_folder.check_links` for files that hold several tensors."""
+  for file in files:
+    if file != folder and file.is_symlink():
+      if not _folder._inside(file, folder):
+        raise _yaml.RecipeError(
+          f"{file} is a link to {os.readlink(file)}, out of its folder. Put the"
+          " file itself there."
+        )
 
 
 def target_of(out: Source, overwrite: bool) -> pathlib.Path:

@@ -189,8 +189,6 @@ def convert(
     )
   if layout == opened.layout:
     raise _error(opened.path, f"is {layout} already. Copy it.")
-  if not opened:
-    raise _error(opened.path, "holds no tensor. Give a whole checkpoint.")
   size = sum(one.nbytes for one in opened.values())
   if layout == "orbax":
     places = paths(opened, opened.path)

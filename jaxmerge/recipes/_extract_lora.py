@@ -21,8 +21,9 @@ from jaxmerge.recipes import (
 )
 
 Tensor = Any
-# Shorter sides up to this are decomposed exactly, which takes a minute.
-_MOST_EXACT = 4096
+# Shorter sides up to this are decomposed whole: a second, and eight times as
+# much for twice the side.
+_MOST_WHOLE = 1024
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 # Networks whose linear layers hold [in, out], and which of their layers do.
@@ -140,23 +141,12 @@ def factors(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
   [[4. 0.]
    [0. 0.]]
   """
-  from scipy import linalg
-  from scipy.sparse import linalg as sparse_linalg
-
   short = min(change.shape)
   found = min(rank, short)
-  if short > _MOST_EXACT and found < short // 4:
-    # The start is drawn, and always the same.
-    start = np.random.default_rng(0).normal(size=short).astype(change.dtype)
-    left, values, right = sparse_linalg.svds(change, found, v0=start)
-  else:
-    try:
-      left, values, right = linalg.svd(change, full_matrices=False)
-    except linalg.LinAlgError:
-      # Slower, and converges where the other does not.
-      left, values, right = linalg.svd(
-        change, full_matrices=False, lapack_driver="gesvd"
-      )
+  parts = None
+  if short > _MOST_WHOLE and found < short // 8:
+    parts = _first_parts(change, found)
+  left, values, right = _all_parts(change) if parts is None else parts
   order = np.argsort(-values, kind="stable")[:found]
   roots = np.sqrt(values[order])
   up = np.zeros((change.shape[0], rank), change.dtype)
@@ -164,6 +154,34 @@ def factors(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
   up[:, :found] = left[:, order] * roots
   down[:found] = roots[:, None] * right[order]
   return up, down
+
+
+def _all_parts(change: np.ndarray) -> tuple[np.ndarray, ...]:
+  """The singular value decomposition."""
+  from scipy import linalg
+
+  try:
+    found = linalg.svd(change, full_matrices=False)
+  except linalg.LinAlgError:
+    # Slower, and converges where the other does not.
+    found = linalg.svd(change, full_matrices=False, lapack_driver="gesvd")
+  return tuple(found)
+
+
+def _first_parts(
+  change: np.ndarray, rank: int
+) -> tuple[np.ndarray, ...] | None:
+  """Its largest values alone, by Lanczos' method; None if it fails."""
+  from scipy.sparse import linalg
+
+  # The start is drawn, and always the same.
+  start = np.random.default_rng(0).normal(size=min(change.shape))
+  try:
+    # Squares of singular values are sought, which float32 tells apart badly.
+    found = linalg.svds(change.astype(np.float64), rank, v0=start)
+  except linalg.ArpackError:
+    return None
+  return tuple(one.astype(change.dtype) for one in found)
 
 
 class _Factored:
@@ -364,10 +382,10 @@ def extract_lora(
 
   Of each linear layer's weight :math:`W` that has changed the factors
   :math:`B A` are the truncated singular value decomposition of
-  :math:`W_{tuned} - W_{base}`, the nearest product of that rank. It is exact
-  where the shorter side is up to 4096 (or the rank more than a quarter of it);
-  of larger matrices the first singular vectors alone are sought, by Lanczos'
-  method. One matrix is held in memory at a time.
+  :math:`W_{tuned} - W_{base}`, the nearest product of that rank. Where the
+  shorter side is above 1024, and the rank below an eighth of it, the largest
+  singular values alone are sought, by Lanczos' method. One matrix is held in
+  memory at a time.
 
   The folder holds adapter_config.json and adapter_model.safetensors as PEFT
   reads them. Embeddings, norms, biases and whatever else is no linear layer are

@@ -194,6 +194,19 @@ class ConvertTest(_on_disk.OnDiskTest):
     with self.assertRaisesRegex(checkpoints.CheckpointError, "is pickled"):
       self._convert("a", "b")
 
+  def test_links(self):
+    self.write("a", {"w": np.ones(2)})
+    self._convert("a", "b")
+    (self.root / "b/manifest.ocdbt").rename(self.root / "manifest")
+    (self.root / "b/manifest.ocdbt").symlink_to(self.root / "manifest")
+    with self.assertRaisesRegex(recipes.RecipeError, "ocdbt is a link to"):
+      self._convert("b", "c")
+    (self.root / "a/model.safetensors").rename(self.root / "w.bin")
+    (self.root / "a/model.bin").symlink_to(self.root / "w.bin")
+    with self.assertRaisesRegex(recipes.RecipeError, "bin is a link to"):
+      self._convert("a", "c", weights_only=True)
+    self.assert_nothing_left("a", "b", "manifest", "w.bin")
+
   def test_places(self):
     self.write("a", {"w": np.ones(2)})
     self._convert("a", "b")
