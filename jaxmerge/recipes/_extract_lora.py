@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,6 +302,7 @@ class _Rest:
 
   Args:
     prefix: what names begin with in the network, but not in the file.
+    every: the tuned network's tensors; the base's of those not selected.
 
   Attributes:
     names: of the tensors, in the file.
@@ -309,34 +311,28 @@ class _Rest:
     bias: PEFT's word for which biases there are.
   """
 
-  def __init__(self, prefix: str) -> None:
+  def __init__(self, prefix: str, every: dict[str, Tensor]) -> None:
     self._prefix = prefix
+    self._every = every
     self.names: set[str] = set()
     self.modules: list[str] = []
     self.tensors: dict[str, Tensor] = {}
     self.bias = "none"
 
-  def add_module(self, module: str, tensors: dict[str, Tensor]) -> None:
+  def add_module(self, module: str, names: Iterable[str]) -> None:
     """Saves a module, or more of it."""
     if self._prefix + module not in self.modules:
       self.modules.append(self._prefix + module)
-    for name, tensor in tensors.items():
-      self.tensors[f"{_PREFIX}{self._prefix}{name}"] = tensor
+    for name in names:
+      self.tensors[f"{_PREFIX}{self._prefix}{name}"] = self._every[name]
       self.names.add(name)
 
-  def add(
-    self,
-    name: str,
-    adapted: set[str],
-    found: dict[str, _changes.Change],
-    tied: list[str],
-  ) -> None:
+  def add(self, name: str, adapted: set[str], tied: list[str]) -> None:
     """Saves a tensor, if PEFT can.
 
     Args:
       name: of the tensor.
       adapted: modules that have factors.
-      found: all tensors.
       tied: names of the embedding and of the scores that are tied to it.
     """
     module, _, last = name.rpartition(".")
@@ -344,15 +340,11 @@ class _Rest:
       if last == "bias":
         # PEFT has put a layer around the one of this bias.
         place = f"{_PREFIX}{self._prefix}{module}.base_layer.bias"
-        self.tensors[place] = found[name].tuned
+        self.tensors[place] = self._every[name]
         self.names.add(name)
         self.bias = "all"
       return
-    own = {
-      other: change.tuned
-      for other, change in found.items()
-      if other.startswith(f"{module}.")
-    }
+    own = [one for one in self._every if one.startswith(f"{module}.")]
     # PEFT saves modules whole, and these hold other ones.
     if not module or any(_module(other) != module for other in own):
       return
@@ -361,7 +353,7 @@ class _Rest:
       if tied[1] not in _PLAIN_HEADS:
         return
       self.modules.append(_module(tied[1]))
-      self.tensors[_PREFIX + tied[1]] = found[name].tuned
+      self.tensors[_PREFIX + tied[1]] = self._every[name]
     self.add_module(module, own)
 
 
@@ -389,7 +381,8 @@ def extract_lora(
 
   The folder holds adapter_config.json and adapter_model.safetensors as PEFT
   reads them. Embeddings, norms, biases and whatever else is no linear layer are
-  reported, and left out unless `save_rest`.
+  reported, and left out unless `save_rest`. The head of a classifier is always
+  put in whole, as PEFT does.
 
   Args:
     base: the checkpoint that was tuned.
@@ -469,14 +462,15 @@ def extract_lora(
     )
   prefix = _prefix(first)
   adapted = {_module(name) for name in matrices}
-  saved = _Rest(prefix)
+  saved = _Rest(
+    prefix, {**first, **{name: change.tuned for name, change in found.items()}}
+  )
   for name, module in heads.items():
-    tensor = found[name].tuned if name in found else first[name]
-    saved.add_module(module, {name: tensor})
+    saved.add_module(module, [name])
   if save_rest:
     for name in rest:
       if name not in heads:
-        saved.add(name, adapted, found, _describe.tied_head(first))
+        saved.add(name, adapted, _describe.tied_head(first))
   made = [
     one
     for name, matrix in matrices.items()

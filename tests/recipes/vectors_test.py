@@ -391,6 +391,21 @@ class VectorsTest(_on_disk.OnDiskTest):
     for name in ("classifier.weight", "classifier.bias"):
       np.testing.assert_array_equal(found[name], tuned[name])
 
+  def test_modules_are_saved_whole(self):
+    base = {
+      "ln.weight": np.ones(3),
+      "ln.bias": np.zeros(3),
+      "q.weight": np.ones((3, 3)),
+    }
+    self.write("base", base)
+    self.write("tuned", _on_disk.tuned(base))
+    # PEFT wants all of a module that it finds in modules_to_save.
+    self._lora(3, select="weight", save_rest=True)
+    found = _on_disk.read(self.root / "lora")
+    np.testing.assert_array_equal(
+      found["base_model.model.ln.bias"], np.zeros(3)
+    )
+
   def test_what_no_adapter_can_hold(self):
     draws = np.random.default_rng(0)
     base = {
