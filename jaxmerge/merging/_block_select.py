@@ -13,8 +13,9 @@ from jaxmerge.merging import _by_block, _reductions, _threshold
 
 Array = jax.Array
 
-# So many entries say between which magnitudes the one looked for should be.
-_SAMPLE = 1 << 16
+# So many entries say between which magnitudes the one looked for should be; of
+# a vector of many leaves more, for fewer lie between then.
+_SAMPLE, _MORE = 1 << 16, 1 << 20
 # Standard deviations of its rank in the sample; samples are not independent.
 _SURE = 8
 _MOST = np.iinfo(np.uint32).max
@@ -70,7 +71,7 @@ def _bracket(sample: np.ndarray, k: int, size: int) -> tuple[int, int]:
 
 
 def kth_largest(
-  leaves: Sequence[_by_block.Blocks], ks: Sequence[int]
+  leaves: Sequence[_by_block.Blocks], ks: Sequence[int], *, places: bool = True
 ) -> list[Bound | None]:
   """The k-th largest magnitude of each model's task vector, exactly.
 
@@ -81,13 +82,15 @@ def kth_largest(
   Args:
     leaves: The leaves that the vector consists of.
     ks: Which one, for each model; 0 for none.
+    places: Whether the places of equals are wanted, of a single leaf.
 
   Returns:
     For each model where it is, None for a k of 0.
   """
   total = sum(leaf.size for leaf in leaves)
+  wanted_in_all = _SAMPLE if places else _MORE
   samples = [
-    _magnitudes(leaf.sample(-(-_SAMPLE * leaf.size // total)))
+    _magnitudes(leaf.sample(-(-wanted_in_all * leaf.size // total)))
     for leaf in leaves
   ]
   brackets = [
@@ -97,7 +100,7 @@ def kth_largest(
   found: list[Bound | None] = [None] * len(ks)
   wanted = [place for place, k in enumerate(ks) if k]
   while wanted:
-    seen = _pass(leaves, brackets, wanted)
+    seen = _pass(leaves, brackets, wanted, places)
     for i, one in seen.items():
       rank = ks[i] - one.exceed
       if rank <= 0:
@@ -113,7 +116,8 @@ def kth_largest(
       split = len(one.bits) - rank
       least = int(np.partition(one.bits, split)[split])
       above = one.exceed + int((one.bits > least).sum())
-      found[i] = Bound(least, above, one.places[one.bits == least])
+      equal = one.places[one.bits == least] if places else one.places
+      found[i] = Bound(least, above, equal)
   return found
 
 
@@ -137,6 +141,7 @@ def _pass(
   leaves: Sequence[_by_block.Blocks],
   brackets: Sequence[tuple[int, int]],
   wanted: Sequence[int],
+  keep_places: bool,
 ) -> dict[int, _Seen]:
   """Reads the vector once. Zeros are below every bound."""
   low = np.array([max(1, bracket[0]) for bracket in brackets], np.uint32)
@@ -152,14 +157,15 @@ def _pass(
         where = np.flatnonzero(np.asarray(marks[i]))
         picked = [block.arrays[0][where], block.arrays[i + 1][where]]
         bits[i].append(_magnitudes(picked)[0])
-        places[i].append((where + block.start).astype(np.uint32))
+        if keep_places:
+          places[i].append((where + block.start).astype(np.uint32))
       block.release()
   return {
     i: _Seen(
       int(counts[i, 0]),
       int(counts[i, 1]),
       np.concatenate(bits[i]),
-      np.concatenate(places[i]),
+      np.concatenate([np.zeros(0, np.uint32), *places[i]]),
     )
     for i in wanted
   }

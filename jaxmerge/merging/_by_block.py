@@ -19,6 +19,7 @@ import numpy as np
 from jaxmerge.merging import (
   _average,
   _combine,
+  _draws,
   _gathered,
   _leafwise,
   _nearswap,
@@ -31,6 +32,10 @@ from jaxmerge.merging import (
 Array = jax.Array
 Values = dict[str, Any]
 Rule = _leafwise.LeafRule | _gathered.GatherRule
+
+
+# Sums of so many rows at most are in float32.
+_ROW = 4096
 
 
 class Block(NamedTuple):
@@ -124,19 +129,18 @@ def _summarize(
   weights: Array,
   values: Values,
   start: Array,
-  key: Array | None,
 ) -> Array:
   base, *leaves = [array.astype(jnp.float32) for array in arrays]
   assert rule.summarize is not None
   return rule.summarize(
-    _accumulate(rule, base, leaves, weights, values, start, key)
+    _accumulate(rule, base, leaves, weights, values, start, None)
   )
 
 
 def _of_model(values: Values, place: Any) -> Values:
   """One model's values: those with an axis are of one value a model."""
   return {
-    name: value[place] if value.ndim else value
+    name: value[place] if isinstance(value, list) or value.ndim else value
     for name, value in values.items()
   }
 
@@ -147,26 +151,33 @@ def _sums(
   arrays: list[Array],
   values: Values,
   start: Array,
-  key: Array | None,
-) -> Array:
-  """Sums of magnitudes [2, n] before and after the sparsifier."""
+) -> list[Array]:
+  """Sums of magnitudes of each model before and after the sparsifier.
+
+  Each is a vector of sums, for float32 holds no sum of millions.
+  """
   base, *leaves = [array.astype(jnp.float32) for array in arrays]
+  rows = (-1, min(_ROW, base.size))
   found = []
   for i, leaf in enumerate(leaves):
     tau = leaf - base
-    keys: Any = (None,)
-    if key is not None:
-      keys = jax.random.split(jax.random.fold_in(key, i))
-    step = _leafwise.Step(
-      jnp.ones(()),
-      keys[0],
-      {**_of_model(values, i), "start": start},
-      None,
-      None,
-    )
+    told = {**_of_model(values, i), "start": start}
+    step = _leafwise.Step(jnp.ones(()), None, told, None, None)
     kept = sparsifier.apply(tau, step)
-    found.append([jnp.abs(tau).sum(), jnp.abs(kept).sum()])
-  return jnp.array(found).T
+    found += [jnp.abs(tau).reshape(rows), jnp.abs(kept).reshape(rows)]
+  return _reductions.sums(found)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _masks(key: Array, density: Array, size: int) -> list[Array]:
+  """Which entries of a block are kept, of each model.
+
+  On their own: within a larger kernel they would be drawn several times.
+  """
+  return [
+    _draws.bernoulli(jax.random.fold_in(key, i), (size,), density[i])
+    for i in range(len(density))
+  ]
 
 
 @functools.cache
@@ -194,11 +205,12 @@ def _within() -> _sparsify.Sparsifier:
 
 @functools.cache
 def _drawn() -> _sparsify.Sparsifier:
-  """Keeps entries at random, and multiplies by a factor that it is told."""
-  plain = _sparsify.random(None)
+  """Keeps entries that were drawn, and multiplies by a factor."""
 
   def apply(tau: Array, step: _leafwise.Step) -> Array:
-    return plain.apply(tau, step) * step.values["factor"]
+    # A product, which NaN and infinity survive.
+    kept = tau * step.values["mask"].astype(tau.dtype)
+    return kept * step.values["factor"]
 
   return _sparsify.Sparsifier(apply)
 
@@ -281,12 +293,52 @@ def numbers(method: _registry.RegisteredMethod) -> Values:
   }
 
 
+class Masks:
+  """What is drawn for the blocks of a leaf, kept while there is room.
+
+  Args:
+    key: PRNG key of the leaf; None for a rule that draws nothing.
+    density: Share that is kept of each model, float32 [n].
+    room: Bytes that may be kept.
+  """
+
+  def __init__(
+    self, key: Array | None, density: np.ndarray, room: int = 1 << 27
+  ) -> None:
+    """See the class."""
+    self._key = key
+    self._density = density
+    self._room = room
+    self._kept: dict[int, list[Array]] = {}
+
+  def of(self, block: Block) -> Values:
+    """What a rule is told of a block.
+
+    Args:
+      block: The block.
+
+    Returns:
+      The masks of the models under "mask", if there are any.
+    """
+    if self._key is None:
+      return {}
+    found = self._kept.get(block.start)
+    if found is None:
+      size = len(block.arrays[0])
+      key = of_block(self._key, block.start)
+      found = _masks(key, self._density, size)
+      if size * len(found) <= self._room:
+        self._room -= size * len(found)
+        self._kept[block.start] = found
+    return {"mask": found}
+
+
 def rescaling(
   rule: BlockRule,
   rescale: str | None,
   blocks: Blocks,
   values: Values,
-  key: Array | None,
+  masks: Masks,
 ) -> np.ndarray:
   """What kept entries are multiplied by, for each model.
 
@@ -295,7 +347,7 @@ def rescaling(
     rescale: None, "density" or "l1".
     blocks: The leaf.
     values: What the sparsifier is told, but for the factor.
-    key: PRNG key of the leaf.
+    masks: What is drawn.
 
   Returns:
     The factors [n].
@@ -307,20 +359,17 @@ def rescaling(
     return (1 / values["density"]).astype(np.float32)
   assert rule.sparsifier is not None
   told = {**values, "factor": np.ones((), np.float32)}
-  total = np.zeros((2, count))
+  total = np.zeros(2 * count)
   for block in blocks:
-    total += np.asarray(
-      _sums(
-        rule.sparsifier,
-        on_device(block.arrays),
-        told,
-        np.uint32(block.start),
-        of_block(key, block.start),
-      ),
-      np.float64,
+    found = _sums(
+      rule.sparsifier,
+      on_device(block.arrays),
+      {**told, **masks.of(block)},
+      np.uint32(block.start),
     )
+    total += [np.asarray(one, np.float64).sum() for one in found]
     block.release()
-  before, after = total
+  before, after = total[::2], total[1::2]
   is_zero = after == 0
   factor = before / np.where(is_zero, 1, after)
   return np.where(is_zero, 1, factor).astype(np.float32)
@@ -331,7 +380,7 @@ def majority(
   blocks: Blocks,
   weights: np.ndarray,
   values: Values,
-  key: Array | None,
+  masks: Masks,
 ) -> int:
   """Positive elected signs of a leaf less negative ones.
 
@@ -340,7 +389,7 @@ def majority(
     blocks: The leaf.
     weights: One for each model, float32 [n].
     values: What the rule is told.
-    key: PRNG key of the leaf.
+    masks: What is drawn.
 
   Returns:
     The difference; 0 for a rule that does not ask for it.
@@ -352,9 +401,8 @@ def majority(
         rule,
         on_device(block.arrays),
         weights,
-        values,
+        {**values, **masks.of(block)},
         np.uint32(block.start),
-        of_block(key, block.start),
       )
       total += int(found)
       block.release()
@@ -372,6 +420,7 @@ def merge_blocks(
   weights: np.ndarray,
   values: Values,
   key: Array | None,
+  masks: Masks,
   dtype: Any,
 ) -> Iterator[tuple[Block, Array, Array]]:
   """Merges a leaf block by block.
@@ -381,7 +430,8 @@ def merge_blocks(
     blocks: The leaf.
     weights: One for each model, float32 [n].
     values: What the rule is told.
-    key: PRNG key of the leaf.
+    key: PRNG key of the leaf, for a rule that draws by itself.
+    masks: What is drawn for a rule that is told.
     dtype: Dtype of the result.
 
   Yields:
@@ -393,7 +443,7 @@ def merge_blocks(
       rule,
       on_device(block.arrays),
       weights,
-      values,
+      {**values, **masks.of(block)},
       np.uint32(block.start),
       of_block(key, block.start),
       dtype,

@@ -1,4 +1,4 @@
-"""Counts of the entries of arrays, at the speed of reading them."""
+"""Counts and sums of the entries of arrays, at the speed of reading them."""
 
 from __future__ import annotations
 
@@ -28,4 +28,24 @@ def counts(marks: Sequence[Array]) -> list[Array]:
     [np.uint32(0)] * len(marks),
     lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
     tuple(range(marks[0].ndim)),
+  )
+
+
+def sums(values: Sequence[Array]) -> list[Array]:
+  """Sums over the first axis of two or more arrays, in one pass.
+
+  As in `counts`, a reduction with several results is the fast one.
+
+  Args:
+    values: Arrays, all of one shape and dtype.
+
+  Returns:
+    Their sums.
+  """
+  zero = np.zeros((), values[0].dtype)
+  return jax.lax.reduce(
+    list(values),
+    [zero] * len(values),
+    lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
+    (0,),
   )

@@ -220,13 +220,19 @@ class Engine:
     )
     key = self._key_of(output, method)
     again = self._blocks_of(output, tensors, keep=False)
-    told = self._told(call, method, rule, again, weights, key)
+    drawn = rule.selects == "random"
+    density = np.broadcast_to(
+      np.asarray(method.options.get("density", 1.0), np.float32), len(weights)
+    )
+    masks = _by_block.Masks(key if drawn else None, density)
+    told = self._told(call, method, rule, again, weights, masks)
     for block, merged, odd in _by_block.merge_blocks(
       rule.rule,
       self._blocks_of(output, tensors),
       weights,
       told,
-      key,
+      None if drawn else key,
+      masks,
       _kernel_dtype(output),
     ):
       yield _Piece(block.start, merged, odd, block.release)
@@ -238,7 +244,7 @@ class Engine:
     rule: _by_block.BlockRule,
     blocks: _blocks.TensorBlocks,
     weights: np.ndarray,
-    key: Any,
+    masks: _by_block.Masks,
   ) -> Values:
     """What the rule is told of a tensor, found by reading it."""
     values = _by_block.numbers(method)
@@ -256,10 +262,10 @@ class Engine:
       gamma = np.broadcast_to(np.asarray(options["gamma"], float), count)
       values |= _block_select.middle(blocks, density, gamma)
     rescale = call.rescale or options.get("rescale")
-    values["factor"] = _by_block.rescaling(rule, rescale, blocks, values, key)
+    values["factor"] = _by_block.rescaling(rule, rescale, blocks, values, masks)
     if call.scope != "vector":
       assert rule.rule is not None
-      votes = _by_block.majority(rule.rule, blocks, weights, values, key)
+      votes = _by_block.majority(rule.rule, blocks, weights, values, masks)
       values["majority"] = np.int32(np.sign(votes))
     return values
 
@@ -293,11 +299,12 @@ class Engine:
       for one in density
     ]
     values = _block_select.everything(len(density))
-    for i, bound in enumerate(_block_select.kth_largest(leaves, keep)):
+    found = _block_select.kth_largest(leaves, keep, places=False)
+    for i, bound in enumerate(found):
       if bound is not None:
         values["least"][i] = bound.bits
     self._of_vector = {**values, "majority": np.int32(0)}
-    votes = 0
+    votes, none = 0, _by_block.Masks(None, np.zeros(0))
     for (_, call), leaf in zip(merged, leaves, strict=True):
       assert call.method is not None
       rule = _by_block.block_rule(call.method)
@@ -309,7 +316,7 @@ class Engine:
         "majority": np.int32(0),
       }
       weights = np.asarray(call.weights, np.float32)
-      votes += _by_block.majority(rule.rule, leaf, weights, told, None)
+      votes += _by_block.majority(rule.rule, leaf, weights, told, none)
     self._of_vector["majority"] = np.int32(np.sign(votes))
     return self._of_vector
 
@@ -330,6 +337,7 @@ class Engine:
       found.astype(np.float32),
       {"surplus": np.asarray(surplus, np.float32)},
       None,
+      _by_block.Masks(None, np.zeros(0)),
       _kernel_dtype(output),
     ):
       yield _Piece(block.start, merged, odd, block.release)
