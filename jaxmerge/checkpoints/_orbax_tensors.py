@@ -75,6 +75,13 @@ def tensors(
     return np.asarray(treedef.flatten_up_to(found)[place])
 
   names = ["/".join(str(_key(part)) for part in path) for path, _ in leaves]
+  twice = {name for name in names if names.count(name) > 1}
+  if twice or not leaves:
+    what = f"has two leaves of the name {min(twice)!r}" if twice else "is empty"
+    raise _store.CheckpointError(
+      f"{folder} {what}. Give the folder of a whole checkpoint of Orbax, whose"
+      " keys have no slash."
+    )
   return {
     name: _loaded_tensor.LoadedTensor(
       name,

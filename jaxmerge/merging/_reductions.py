@@ -32,7 +32,7 @@ def counts(marks: Sequence[Array]) -> list[Array]:
 
 
 def sums(values: Sequence[Array]) -> list[Array]:
-  """Sums over the first axis of two or more arrays, in one pass.
+  """Sums over the last axis of two or more arrays, in one pass.
 
   As in `counts`, a reduction with several results is the fast one.
 
@@ -47,5 +47,5 @@ def sums(values: Sequence[Array]) -> list[Array]:
     list(values),
     [zero] * len(values),
     lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
-    (0,),
+    (values[0].ndim - 1,),
   )

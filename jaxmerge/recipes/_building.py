@@ -81,6 +81,25 @@ def target_of(out: Source, overwrite: bool) -> pathlib.Path:
   return target
 
 
+def check_apart(
+  target: pathlib.Path, sources: Iterable[checkpoints.Checkpoint]
+) -> None:
+  """Raises if a folder that may be replaced holds what is read.
+
+  Args:
+    target: the folder.
+    sources: what is read.
+
+  Raises:
+    RecipeError: it does.
+  """
+  for source in sources:
+    if source.path.resolve().is_relative_to(target.resolve()):
+      raise _yaml.RecipeError(
+        f"{target} holds {source.path}, which is read. Choose another folder."
+      )
+
+
 @contextlib.contextmanager
 def building(
   out: Source,
@@ -105,11 +124,7 @@ def building(
       cannot be written to.
   """
   target = target_of(out, overwrite)
-  for source in sources:
-    if source.path.resolve().is_relative_to(target.resolve()):
-      raise _yaml.RecipeError(
-        f"{target} holds {source.path}, which is read. Choose another folder."
-      )
+  check_apart(target, sources)
   _folder.check_room(target, size)
   # Nothing that was left behind is taken up.
   staging = _folder.Staging(target, uuid.uuid4().hex)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge import checkpoints
-from jaxmerge.recipes import _models, _plan, _yaml
+from jaxmerge.recipes import _plan, _ties, _yaml
 
 Tensor = Any
 
@@ -70,11 +70,8 @@ def _twin(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
   """A tensor, or the one that is tied to it."""
   if name in tensors:
     return tensors[name]
-  for names in _models._TIES:
-    if name in names:
-      for other in sorted(names & set(tensors)):
-        return tensors[other]
-  return None
+  other = _ties.twin(name, tensors)
+  return None if other is None else tensors[other]
 
 
 def changes(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge import checkpoints
-from jaxmerge.recipes import _building, _layers, _models, _writing
+from jaxmerge.recipes import _building, _layers, _ties, _writing
 
 Tensor = Any
 # What is said of a network -> the keys that config.json may have for it.
@@ -212,7 +212,7 @@ def tied_head(opened: checkpoints.Checkpoint) -> list[str]:
   heads = any(kind.endswith(_WITH_HEAD) for kind in architectures(config))
   if not heads or config.get("tie_word_embeddings") is False:
     return []
-  for names in _models._TIES:
+  for names in _ties.TIES:
     inside = sorted(names & set(opened))
     absent = [name for name in _HEADS if name in names and name not in opened]
     if len(inside) == 1 and inside[0] not in _HEADS and absent:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import checkpoints
+from jaxmerge.recipes import _ties
 
 Tensor = Any
 
@@ -116,7 +117,10 @@ def read(adapter: checkpoints.Checkpoint) -> Adapter:
       module = match[1].replace(".base_layer", "")
       factors.setdefault(module, {})[match[2]] = tensor
     else:
-      replaced[short.replace(".modules_to_save.default", "")] = tensor
+      # PEFT's own words for where the network keeps it.
+      for own in (".modules_to_save.default", ".base_layer"):
+        short = short.replace(own, "")
+      replaced[short] = tensor
   pairs = {}
   for module, found in factors.items():
     embedding = "embedding_A" in found or "embedding_B" in found
@@ -127,18 +131,25 @@ def read(adapter: checkpoints.Checkpoint) -> Adapter:
         f"{module!r} has the factors {sorted(found)} alone. Download it again.",
       )
     down, up = found[names[0]], found[names[1]]
-    rank = down.shape[0]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != rank:
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
       raise _error(
         adapter,
         f"{module!r} has factors of shapes {down.shape} and {up.shape}, which"
         " are no LoRA of a linear layer or an embedding.",
       )
-    alpha = _pattern(
-      config.get("alpha_pattern") or {},
-      module,
-      float(config.get("lora_alpha", rank)),
-    )
+    rank = down.shape[0]
+    try:
+      alpha = _pattern(
+        dict(config.get("alpha_pattern") or {}),
+        module,
+        float(config.get("lora_alpha", rank)),
+      )
+    except (TypeError, ValueError, re.error) as error:
+      raise _error(
+        adapter,
+        f"its lora_alpha or alpha_pattern in adapter_config.json is none"
+        f" ({error}). Download it again.",
+      ) from error
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     pairs[f"{module}.weight"] = Pair(
       down,
@@ -200,6 +211,8 @@ def applied(
     )
   for name, tensor in parts.replaced.items():
     place = _match(name, tensors)
+    if place is None and _ties.twin(name, parts.replaced) is not None:
+      continue
     if place is None or tuple(tensors[place].shape) != tuple(tensor.shape):
       raise _error(
         adapter,

@@ -14,6 +14,7 @@ import jaxmerge
 from jaxmerge import checkpoints
 from jaxmerge.recipes import (
   _blocks,
+  _building,
   _card,
   _digests,
   _engine,
@@ -91,9 +92,7 @@ def _prepare(
   document, recipe = _recipe.load(source)
   models = {}
   for name, reference in _references(recipe).items():
-    opened = _models.OpenModel(reference, weights_only=weights_only)
-    _folder.check_links(opened.checkpoint)
-    models[name] = opened
+    models[name] = _models.OpenModel(reference, weights_only=weights_only)
   return document, _plan.make_plan(document, recipe, models)
 
 
@@ -227,10 +226,7 @@ def merge_checkpoints(
   _folder.check_target(target, overwrite)
   document, plan = _prepare(source, weights_only)
   for model in plan.models.values():
-    if target.exists() and target.samefile(model.folder):
-      raise _yaml.RecipeError(
-        f"{target} is a model that is merged. Choose another folder."
-      )
+    _building.check_apart(target, model.opened)
   total = sum(output.nbytes for output in plan.outputs)
   staging = _Staged(target, plan, max_shard_bytes)
   _folder.check_room(target, total - staging.bytes_done)
@@ -323,7 +319,7 @@ class _Staged:
       sum(output.nbytes for output in plan.outputs),
     )
     donor = plan.models[plan.donor].checkpoint
-    _folder.copy_others(donor, folder, plan.config)
+    _building.carry_others(donor, folder, plan.config)
     text = document.text
     card = _card.make_card(plan, text, self.found.out.name)
     (folder / "README.md").write_text(card)

@@ -7,29 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmerge import checkpoints
-from jaxmerge.recipes import _lora, _schema
+from jaxmerge.recipes import _building, _lora, _schema, _ties
 
 Tensor = Any
-
-# One tensor under two names: a network that has only one of them ties both.
-_TIES = (
-  frozenset(
-    {
-      "lm_head.weight",
-      "model.embed_tokens.weight",
-      "transformer.wte.weight",
-      "wte.weight",
-      "shared.weight",
-      "embed_out.weight",
-    }
-  ),
-  frozenset(
-    {
-      "cls.predictions.decoder.weight",
-      "bert.embeddings.word_embeddings.weight",
-    }
-  ),
-)
 
 
 class OpenModel(Mapping[str, Tensor]):
@@ -38,6 +18,7 @@ class OpenModel(Mapping[str, Tensor]):
   Attributes:
     reference: as the recipe has it.
     checkpoint: the opened checkpoint.
+    opened: it, and that of the adapter.
   """
 
   def __init__(
@@ -51,12 +32,15 @@ class OpenModel(Mapping[str, Tensor]):
 
     Raises:
       CheckpointError: it is not there, or is damaged.
+      RecipeError: a file of it is a link out of its folder.
     """
     self.reference = reference
     self.checkpoint = _open(reference.model, weights_only)
+    self.opened = [self.checkpoint]
     self._tensors: dict[str, Tensor] = dict(self.checkpoint)
     if reference.lora is not None:
       adapter = _open(reference.lora, weights_only)
+      self.opened.append(adapter)
       self._tensors = _lora.applied(self._tensors, adapter)
 
   def __getitem__(self, name: str) -> Tensor:
@@ -78,18 +62,11 @@ class OpenModel(Mapping[str, Tensor]):
 
   def twin(self, name: str) -> str | None:
     """The tensor that stands for one that is tied to it, if it has that."""
-    for names in _TIES:
-      if name in names:
-        for other in sorted(names - {name}):
-          if other in self._tensors:
-            return other
-    return None
+    return _ties.twin(name, self._tensors)
 
 
 def _open(place: _schema.Place, weights_only: bool) -> checkpoints.Checkpoint:
-  path = pathlib.Path(place.path)
-  if not path.exists():
-    path = checkpoints.hugging_face.locate(
-      place.path, revision=place.revision, weights_only=weights_only
-    )
-  return checkpoints.open(path, weights_only=weights_only)
+  # A folder may have an @ in its name, too.
+  if place.revision is None or not pathlib.Path(place.path).exists():
+    return _building.open_source(str(place), weights_only=weights_only)
+  return _building.open_source(place.path, weights_only=weights_only)

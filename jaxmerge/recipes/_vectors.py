@@ -16,8 +16,8 @@ from jaxmerge.recipes import (
   _changes,
   _folder,
   _lora,
-  _models,
   _plan,
+  _ties,
   _writing,
   _yaml,
 )
@@ -386,12 +386,8 @@ def _has_twin(
   name: str, base: checkpoints.Checkpoint, replaced: dict[str, Tensor]
 ) -> bool:
   """Whether a tensor is tied to one of the base, which is replaced, too."""
-  for names in _models._TIES:
-    if name in names:
-      for other in names & set(replaced):
-        if _lora._match(other, base) is not None:
-          return True
-  return False
+  other = _ties.twin(name, replaced)
+  return other is not None and _lora._match(other, base) is not None
 
 
 def _with_product(
