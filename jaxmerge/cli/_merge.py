@@ -98,6 +98,7 @@ def merge_command(
         "bytes_written": report.bytes_written,
         "bytes_read": report.bytes_read,
         "resumed": report.resumed,
+        "missing_tokens": report.missing_tokens,
         "seconds": round(seconds, 3),
       }
     )
@@ -108,6 +109,9 @@ def merge_command(
     f"{report.out}: {report.tensors} tensors,"
     f" {_show.size(report.bytes_written)} in {seconds:.1f} s ({rate}/s){again}"
   )
+  for name, number in report.missing_tokens.items():
+    if number:
+      click.echo(f"{name}: {number} tokens have rows of other models")
   return 0
 
 

@@ -24,6 +24,7 @@ from jaxmerge.recipes import (
   _recipe,
   _schema,
   _shards,
+  _tokens,
   _yaml,
 )
 
@@ -42,6 +43,8 @@ class MergeReport:
     bytes_written: bytes of its tensors.
     bytes_read: bytes that were read for them, again where they were read again.
     resumed: number of files that an earlier, interrupted merge had finished.
+    missing_tokens: where vocabularies were merged, for each model the number of
+      tokens that it has no row of its own for.
   """
 
   out: pathlib.Path
@@ -49,6 +52,7 @@ class MergeReport:
   bytes_written: int
   bytes_read: int
   resumed: int
+  missing_tokens: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +255,7 @@ def merge_checkpoints(
     total,
     counter.read,
     staging.resumed,
+    {} if plan.tokens is None else plan.tokens.missing,
   )
 
 
@@ -320,6 +325,12 @@ class _Staged:
     )
     donor = plan.models[plan.donor].checkpoint
     _building.carry_others(donor, folder, plan.config)
+    if plan.tokens is not None:
+      _tokens.write(plan.tokens, folder)
+    if plan.recipe.chat_template is not None:
+      _tokens.write_template(
+        document, plan.recipe.chat_template, plan.models, folder
+      )
     text = document.text
     card = _card.make_card(plan, text, self.found.out.name)
     (folder / "README.md").write_text(card)
@@ -331,6 +342,7 @@ class _Staged:
         "checksum": "xxh3_128",
         "method": plan.method.name,
         "inputs": self.digests.found,
+        "missing_tokens": {} if plan.tokens is None else plan.tokens.missing,
         "outputs": {
           shard.name: self.found.done[shard.name]["tensors"]
           for shard in self.shards

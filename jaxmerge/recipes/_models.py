@@ -55,6 +55,14 @@ class OpenModel(Mapping[str, Tensor]):
     """Number of tensors."""
     return len(self._tensors)
 
+  def replace(self, tensors: Mapping[str, Tensor]) -> None:
+    """Puts other tensors in the place of some.
+
+    Args:
+      tensors: the others by name.
+    """
+    self._tensors |= tensors
+
   @property
   def folder(self) -> pathlib.Path:
     """Where its other files are."""

@@ -16,6 +16,7 @@ from jaxmerge.recipes import (
   _models,
   _schema,
   _settings,
+  _tokens,
   _yaml,
 )
 
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     donor: the model whose configuration and tokenizer the result has.
     outputs: the tensors of the result.
     config: what its config.json holds.
+    tokens: its tokenizer, if vocabularies are merged.
   """
 
   recipe: _schema.Recipe
@@ -81,6 +83,7 @@ class Plan(NamedTuple):
   donor: str
   outputs: list[Output]
   config: dict[str, Any]
+  tokens: _tokens.Tokens | None = None
 
 
 class _Source(NamedTuple):
@@ -501,8 +504,12 @@ def make_plan(
   """
   planner = _Planner(document, recipe, dict(models))
   donor = planner.base if planner.base is not None else next(iter(models))
+  _tokens.check_template(document, recipe.chat_template)
+  tokens = _tokens.merge_tokens(document, recipe, planner.models, donor)
   outputs = planner.outputs(models[donor])
   config = models[donor].checkpoint.config()
+  if tokens is not None:
+    config = _with_vocabulary(config, tokens.size)
   taken = _taken_layers(recipe)
   if taken is not None:
     (before,) = _layers.stacks(models[donor]).values()
@@ -510,7 +517,18 @@ def make_plan(
   if config and planner.out_dtype is not None:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = recipe.out_dtype or recipe.dtype
-  return Plan(recipe, planner.method, dict(models), donor, outputs, config)
+  return Plan(
+    recipe, planner.method, planner.models, donor, outputs, config, tokens
+  )
+
+
+def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+  found = dict(config)
+  if "vocab_size" in found or "text_config" not in found:
+    found["vocab_size"] = size
+  if isinstance(found.get("text_config"), dict):
+    found["text_config"] = _with_vocabulary(found["text_config"], size)
+  return found
 
 
 def _taken_layers(recipe: _schema.Recipe) -> list[int] | None:
