@@ -16,7 +16,8 @@ from jaxmerge.recipes import _ties
 
 Tensor = Any
 
-_PREFIX = "base_model.model."
+#: What the names of an adapter's tensors begin with.
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?$")
 
 
@@ -28,12 +29,14 @@ class Pair(NamedTuple):
     up: [out, rank].
     scale: what their product is multiplied by.
     transposed: whether the tensor is [in, out], or an embedding.
+    embedding: whether it is an embedding.
   """
 
   down: Tensor
   up: Tensor
   scale: float
   transposed: bool
+  embedding: bool = False
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ def read(adapter: checkpoints.Checkpoint) -> Adapter:
   factors: dict[str, dict[str, Tensor]] = {}
   replaced: dict[str, Tensor] = {}
   for name, tensor in adapter.items():
-    short = name.removeprefix(_PREFIX)
+    short = name.removeprefix(PREFIX)
     match = _FACTOR.match(short)
     if match:
       module = match[1].replace(".base_layer", "")
@@ -156,8 +159,30 @@ def read(adapter: checkpoints.Checkpoint) -> Adapter:
       up,
       alpha / divisor,
       embedding or bool(config.get("fan_in_fan_out")),
+      embedding,
     )
   return Adapter(pairs, replaced, config)
+
+
+def changes(adapter: checkpoints.Checkpoint) -> dict[str, Tensor]:
+  """The changes that an adapter makes, and what it replaces, by tensor.
+
+  Args:
+    adapter: the opened adapter.
+
+  Returns:
+    The tensors, unread.
+
+  Raises:
+    CheckpointError: it is no LoRA in PEFT's layout.
+  """
+  parts = read(adapter)
+  found: dict[str, Tensor] = dict(parts.replaced)
+  for name, pair in parts.pairs.items():
+    found[name] = checkpoints.LoadedTensor(
+      name, pair.shape, np.float32, pair.delta, (pair.down, pair.up)
+    )
+  return found
 
 
 def _match(name: str, tensors: Mapping[str, Tensor]) -> str | None:

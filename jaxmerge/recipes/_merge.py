@@ -13,6 +13,7 @@ from typing import Any
 import jaxmerge
 from jaxmerge import checkpoints
 from jaxmerge.recipes import (
+  _adapters,
   _blocks,
   _building,
   _card,
@@ -97,7 +98,9 @@ def _prepare(
   models = {}
   for name, reference in _references(recipe).items():
     models[name] = _models.OpenModel(reference, weights_only=weights_only)
-  return document, _plan.make_plan(document, recipe, models)
+  adapters = _adapters.are_adapters(recipe, models)
+  plan = _plan.make_plan(document, recipe, models)
+  return document, _adapters.factor(plan) if adapters else plan
 
 
 def plan_merge(

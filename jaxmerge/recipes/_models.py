@@ -42,6 +42,8 @@ class OpenModel(Mapping[str, Tensor]):
       adapter = _open(reference.lora, weights_only)
       self.opened.append(adapter)
       self._tensors = _lora.applied(self._tensors, adapter)
+    elif self.checkpoint.is_adapter:
+      self._tensors = _lora.changes(self.checkpoint)
 
   def __getitem__(self, name: str) -> Tensor:
     """The tensor of a name."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxmerge import checkpoints
 from jaxmerge.checkpoints import hugging_face
 from jaxmerge.recipes import (
   _layers,
@@ -103,6 +104,15 @@ class _Slice(NamedTuple):
   levels: Levels
 
 
+def _zeros(like: Tensor) -> Tensor:
+  return checkpoints.LoadedTensor(
+    like.name,
+    like.shape,
+    like.dtype,
+    lambda: np.zeros(like.shape, like.dtype),
+  )
+
+
 def _is_float(tensor: Tensor) -> bool:
   kind = np.dtype(tensor.dtype)
   return kind in DTYPES.values()
@@ -127,6 +137,10 @@ class _Planner:
     self.out_dtype = self.dtype if out is None else out
     self.select = self._pattern("select", recipe.select)
     self.exclude = self._pattern("exclude", recipe.exclude)
+    # Changes of adapters are task vectors: their base is zero.
+    self.from_zero = all(
+      opened.checkpoint.is_adapter for opened in models.values()
+    )
 
   def _pattern(self, key: str, text: str | None) -> re.Pattern[str] | None:
     if text is None:
@@ -310,6 +324,8 @@ class _Planner:
     t: float,
   ) -> tuple[_methods.Call, Tensor | None, tuple[Tensor, ...], tuple[str, ...]]:
     method = self.method
+    if method.base == "needed" and base is None and self.from_zero:
+      base = "", _zeros(found[0][2])
     if method.base == "needed" and base is None:
       raise self._error(
         f"{method.name} works on what models differ in from their base: give"
