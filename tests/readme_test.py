@@ -15,7 +15,7 @@ from absl.testing import absltest
 
 from jaxmerge import models
 from jaxmerge.checkpoints import hugging_face
-from tests.experiments import magmax_test
+from tests.experiments import _magmax
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ class ReadmeTest(absltest.TestCase):
     (code,) = _blocks("docs/pretrained.md")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
       places = [pathlib.Path(name) for name in ("base", "banking", "travel")]
-      magmax_test.write_model(places[0])
+      _magmax.write_model(places[0])
       config = hugging_face.read_config("base")
       model = models.bert_from_config(config, pooler=True)
       like = jax.eval_shape(

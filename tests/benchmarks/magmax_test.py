@@ -15,7 +15,7 @@ from absl.testing import absltest
 
 from benchmarks import magmax
 from experiments import _backbone
-from tests.experiments import magmax_test
+from tests.experiments import _magmax
 
 
 class MagmaxBenchmarkTest(absltest.TestCase):
@@ -30,9 +30,9 @@ class MagmaxBenchmarkTest(absltest.TestCase):
 
     with tempfile.TemporaryDirectory() as folder:
       root = pathlib.Path(folder)
-      magmax_test.write_set(root)
-      magmax_test.write_model(root / "model")
-      config = magmax_test._config(root / "model")
+      _magmax.write_set(root)
+      _magmax.write_model(root / "model")
+      config = _magmax.config(root / "model")
       back = _backbone.texts(config, str(root))
       ids, labels = back.pool.inputs[:8], back.pool.labels[:8]
       for padding in _torch_finetune.PADDING:

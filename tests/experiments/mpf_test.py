@@ -50,8 +50,12 @@ def _figures(workdir):
   return results
 
 
-def _environment():
-  return os.environ | {"JAX_NUM_CPU_DEVICES": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+def _environment(**more):
+  return os.environ | {
+    "JAX_NUM_CPU_DEVICES": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    **more,
+  }
 
 
 def _command(*arguments):
@@ -189,11 +193,17 @@ class ResumeTest(_Workdir):
       "--config.base.epochs=12",
       "--config.curve.epochs=12",
     )
+    # All compile the same programs; the first process, which nothing kills,
+    # fills the cache of the others.
+    environment = _environment(
+      JAX_COMPILATION_CACHE_DIR=str(self.folder / "programs"),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
     whole = self.folder / "whole"
     subprocess.run(
       _command(*arguments, f"--workdir={whole}"),
       cwd=_ROOT,
-      env=_environment(),
+      env=environment,
       check=True,
       capture_output=True,
     )
@@ -207,7 +217,7 @@ class ResumeTest(_Workdir):
       with subprocess.Popen(
         _command(*arguments, f"--workdir={broken}"),
         cwd=_ROOT,
-        env=_environment(),
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
       ) as process:
@@ -224,7 +234,7 @@ class ResumeTest(_Workdir):
     subprocess.run(
       _command(*arguments, f"--workdir={broken}"),
       cwd=_ROOT,
-      env=_environment(),
+      env=environment,
       check=True,
       capture_output=True,
     )

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from experiments import _rebasin_methods, _rebasin_report, rebasin
 from experiments.configs import rebasin as rebasin_config
+from jaxmerge import models
+from jaxmerge.models import _registry
+
+# Networks of the same names that take seconds.
+_SMALL = {
+  "mlp512": (models.MLP, {"features": (64, 64, 64), "use_bias": True}),
+  "cnn": (models.CNN, {"widths": (8, 8, 16)}),
+}
 
 
 def _config(variant="digits-mlp512-smoke", **changes):
@@ -32,6 +41,7 @@ def _figures(results):
 class RebasinTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    self.enter_context(mock.patch.dict(_registry._NETWORKS, _SMALL))
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     self.addCleanup(folder.cleanup)
     self.folder = pathlib.Path(folder.name)
