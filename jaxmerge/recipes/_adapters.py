@@ -91,12 +91,8 @@ def _factored(
     change = _reckon(merged.output)
     if merged.transposed:
       change = change.T
-    down, up = _extract_lora.factors(change, min(merged.rank, *change.shape))
-    lacking = merged.rank - down.shape[0]
-    kept[name] = (
-      np.pad(down, ((0, lacking), (0, 0))),
-      np.pad(up, ((0, 0), (0, lacking))),
-    )
+    up, down = _extract_lora.factors(change, merged.rank)
+    kept[name] = down, up
   found = kept[name][place]
   if place == 1:
     del kept[name]
@@ -172,7 +168,7 @@ def factor(plan: _plan.Plan) -> _plan.Plan:
     "rank_pattern": {},
     "alpha_pattern": {},
   }
-  return plan._replace(outputs=outputs, config=config)
+  return plan._replace(outputs=outputs, config=config, adapter=True)
 
 
 def _two(merged: _Merged) -> list[_plan.Output]:

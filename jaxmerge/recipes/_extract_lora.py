@@ -26,7 +26,8 @@ Tensor = Any
 # much for twice the side.
 _MOST_WHOLE = 1024
 _PREFIX = "base_model.model."
-_FILE = "adapter_model.safetensors"
+#: The file of an adapter's tensors.
+FILE = "adapter_model.safetensors"
 # Networks whose linear layers hold [in, out], and which of their layers do.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
@@ -486,7 +487,7 @@ def extract_lora(
     overwrite=overwrite,
     size=sum(one.nbytes for one in made),
   ) as folder:
-    written = _writing.write_tensors(folder, made, single=_FILE, seen=seen)
+    written = _writing.write_tensors(folder, made, single=FILE, seen=seen)
     _folder.write_json(
       folder / "adapter_config.json",
       {

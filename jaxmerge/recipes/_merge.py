@@ -19,6 +19,7 @@ from jaxmerge.recipes import (
   _card,
   _digests,
   _engine,
+  _extract_lora,
   _folder,
   _models,
   _plan,
@@ -124,9 +125,7 @@ def plan_merge(
     CheckpointError: likewise.
   """
   _, plan = _prepare(source, weights_only)
-  shards = _shards.divide(
-    [output.nbytes for output in plan.outputs], max_shard_bytes
-  )
+  shards = _divide(plan, max_shard_bytes)
   inputs = {
     id(tensor): tensor.nbytes
     for output in plan.outputs
@@ -148,6 +147,12 @@ def plan_merge(
     sum(output.nbytes for output in plan.outputs),
     _engine.peak_bytes(plan),
   )
+
+
+def _divide(plan: _plan.Plan, max_shard_bytes: int) -> list[_shards.Shard]:
+  single = _extract_lora.FILE if plan.adapter else None
+  sizes = [output.nbytes for output in plan.outputs]
+  return _shards.divide(sizes, max_shard_bytes, single)
 
 
 def _fingerprint(plan: _plan.Plan, max_shard_bytes: int) -> str:
@@ -286,9 +291,7 @@ class _Staged:
     self, target: pathlib.Path, plan: _plan.Plan, max_shard_bytes: int
   ) -> None:
     self.plan = plan
-    self.shards = _shards.divide(
-      [output.nbytes for output in plan.outputs], max_shard_bytes
-    )
+    self.shards = _divide(plan, max_shard_bytes)
     self.found = _folder.Staging(target, _fingerprint(plan, max_shard_bytes))
     self.resumed = len(self.found.done)
     self.digests = _digests.Digests()
@@ -327,7 +330,10 @@ class _Staged:
       sum(output.nbytes for output in plan.outputs),
     )
     donor = plan.models[plan.donor].checkpoint
-    _building.carry_others(donor, folder, plan.config)
+    if plan.adapter:
+      _folder.write_json(folder / "adapter_config.json", plan.config)
+    else:
+      _building.carry_others(donor, folder, plan.config)
     if plan.tokens is not None:
       _tokens.write(plan.tokens, folder)
     if plan.recipe.chat_template is not None:

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
     outputs: the tensors of the result.
     config: what its config.json holds.
     tokens: its tokenizer, if vocabularies are merged.
+    adapter: whether it is an adapter, and config its adapter_config.json.
   """
 
   recipe: _schema.Recipe
@@ -85,6 +86,7 @@ class Plan(NamedTuple):
   outputs: list[Output]
   config: dict[str, Any]
   tokens: _tokens.Tokens | None = None
+  adapter: bool = False
 
 
 class _Source(NamedTuple):

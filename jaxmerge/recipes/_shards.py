@@ -28,16 +28,21 @@ class Shard(NamedTuple):
   tensors: tuple[int, ...]
 
 
-def divide(sizes: Sequence[int], most: int) -> list[Shard]:
+def divide(
+  sizes: Sequence[int], most: int, single: str | None = None
+) -> list[Shard]:
   """Divides tensors among files, in their order.
 
   Args:
     sizes: bytes of each tensor.
     most: bytes of a file, but for one tensor that is larger.
+    single: name of the one file of a result that may not be divided.
 
   Returns:
     The files.
   """
+  if single is not None:
+    return [Shard(single, tuple(range(len(sizes))))]
   groups: list[list[int]] = [[]]
   room = most
   for place, size in enumerate(sizes):
