@@ -12,6 +12,7 @@ import numpy as np
 from jaxmerge import checkpoints
 from jaxmerge.checkpoints import hugging_face
 from jaxmerge.recipes import (
+  _alignment,
   _layers,
   _methods,
   _models,
@@ -524,6 +525,7 @@ def make_plan(
   donor = planner.base if planner.base is not None else next(iter(models))
   _tokens.check_template(document, recipe.chat_template)
   tokens = _tokens.merge_tokens(document, recipe, planner.models, donor)
+  _alignment.align(recipe, planner.models, donor)
   outputs = planner.outputs(models[donor])
   config = models[donor].checkpoint.config()
   if tokens is not None:
