@@ -6,13 +6,15 @@ import functools
 import os
 import pathlib
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
+
+if TYPE_CHECKING:
+  import orbax.checkpoint as ocp
 
 PyTree = Any
 
@@ -78,6 +80,9 @@ class Store:
 
   @functools.cached_property
   def _manager(self) -> ocp.CheckpointManager:
+    # It takes long to import, and merging files of safetensors needs none.
+    import orbax.checkpoint as ocp
+
     return ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -113,6 +118,8 @@ class Store:
       tree: pytree of arrays; typed PRNG keys are allowed.
       metadata: anything that JSON can hold.
     """
+    import orbax.checkpoint as ocp
+
     host = _to_host(tree)
     if step in self.steps():
       self._manager.delete(step)
@@ -159,6 +166,8 @@ class Store:
   def _restore_step(
     self, step: int, like: PyTree
   ) -> tuple[PyTree, dict[str, Any]]:
+    import orbax.checkpoint as ocp
+
     target = _to_host(like)
     restored = self._manager.restore(
       step,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge import alignment, checkpoints
-from jaxmerge.alignment import Axis
-from jaxmerge.alignment import _spec as spec_lib
+from jaxmerge import checkpoints
 from jaxmerge.recipes import _models, _schema, _yaml
+
+if TYPE_CHECKING:
+  from jaxmerge import alignment
 
 Tensor = Any
 
@@ -135,6 +136,8 @@ def make_spec(
   Raises:
     RecipeError: the architecture is not known, or a tensor of it is not.
   """
+  from jaxmerge import alignment
+
   kind = str(config.get("model_type"))
   if kind not in _KNOWN:
     raise _yaml.RecipeError(
@@ -152,7 +155,7 @@ def make_spec(
     # Queries, keys and values in one tensor.
     "fused": (3, size),
   }
-  groups: dict[str, list[Axis]] = {}
+  groups: dict[str, list[alignment.Axis]] = {}
   unknown = []
   for name in tensors:
     rules = [
@@ -172,7 +175,7 @@ def make_spec(
       if group != _STREAM:
         group = f"layer/{found[1]}/{group}"
       groups.setdefault(group, []).append(
-        Axis(name, axis, not entry.startswith("<"), outer, inner)
+        alignment.Axis(name, axis, not entry.startswith("<"), outer, inner)
       )
   if unknown:
     raise _yaml.RecipeError(
@@ -204,9 +207,13 @@ def align(
     return
   import jax
 
+  # Only merges that align pay for what it imports.
+  from jaxmerge import alignment
+  from jaxmerge.alignment import _spec
+
   target = models[reference]
   spec = make_spec(target, target.checkpoint.config())
-  by_leaf = spec_lib.axes_by_leaf(spec)
+  by_leaf = _spec.axes_by_leaf(spec)
   whole = {name: np.asarray(target[name]) for name in target}
   for number, (name, opened) in enumerate(models.items()):
     if name == reference:
@@ -245,7 +252,9 @@ def align(
 def _permute(
   tensor: Tensor, axes: Any, permutations: Mapping[str, Any]
 ) -> np.ndarray:
+  from jaxmerge.alignment import _spec
+
   found: Any = np.asarray(tensor)
   for group, axis in axes:
-    found = spec_lib.take(found, axis, permutations[group])
+    found = _spec.take(found, axis, permutations[group])
   return np.asarray(found)
