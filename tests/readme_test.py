@@ -60,6 +60,10 @@ class ReadmeTest(absltest.TestCase):
     self.assertIn("(600, 512)", output)
     self.assertEndsWith(output, "True\n")
 
+  def test_checkpoints_page(self):
+    (code,) = _blocks("docs/checkpoints.md")
+    self.assertIn("float32, (2, 4)) 2.0", _run(code, "docs/checkpoints.md"))
+
   def test_page_on_pretrained_networks(self):
     """With a small network of random weights in MiniLM's place."""
     (code,) = _blocks("docs/pretrained.md")

@@ -19,6 +19,7 @@ from jaxmerge.cli import _show
 @click.option(
   "--max-shard-size",
   type=_show.parse_size,
+  metavar="SIZE",
   default="5GB",
   show_default=True,
   help="Size from which on a further file of safetensors is begun.",

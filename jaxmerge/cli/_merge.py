@@ -40,6 +40,7 @@ def keep_programs() -> None:
 @click.option(
   "--max-shard-size",
   type=_show.parse_size,
+  metavar="SIZE",
   default="5GB",
   show_default=True,
   help="Size from which on a further file is begun.",

@@ -20,6 +20,7 @@ _OVERWRITE = click.option(
 _SHARD = click.option(
   "--max-shard-size",
   type=_show.parse_size,
+  metavar="SIZE",
   default="5GB",
   show_default=True,
   help="Size from which on a further file is begun.",
