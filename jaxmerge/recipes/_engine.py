@@ -53,7 +53,7 @@ class Engine:
   Args:
     plan: the plan.
     digests: where checksums of what is read are kept.
-    seen: told the bytes that are read and written.
+    seen: told the bytes that were read, and those that were written.
     block: entries of a block.
   """
 
@@ -61,7 +61,7 @@ class Engine:
     self,
     plan: _plan.Plan,
     digests: _digests.Digests,
-    seen: Callable[[int], None],
+    seen: Callable[[int, int], None],
     block: int = _blocks.BLOCK,
   ) -> None:
     """See the class."""
@@ -127,7 +127,7 @@ class Engine:
       self._explain(output)
     writer.write(output.name, piece.start, values)
     hasher.update(_digests.raw(values))
-    self._seen(values.nbytes)
+    self._seen(0, values.nbytes)
     piece.release()
 
   def _explain(self, output: _plan.Output) -> None:
@@ -162,7 +162,7 @@ class Engine:
       output.read_dtype,
       self._block,
       self._digests if keep else None,
-      self._seen,
+      lambda size: self._seen(size, 0),
     )
 
   def _pieces(self, output: _plan.Output) -> Iterator[_Piece]:

@@ -126,11 +126,6 @@ def plan_merge(
   """
   _, plan = _prepare(source, weights_only)
   shards = _divide(plan, max_shard_bytes)
-  inputs = {
-    id(tensor): tensor.nbytes
-    for output in plan.outputs
-    for tensor in output.inputs
-  }
   return MergePlan(
     [
       {
@@ -143,10 +138,19 @@ def plan_merge(
       for output in plan.outputs
     ],
     [shard.name for shard in shards],
-    sum(inputs.values()),
+    sum(_inputs(plan).values()),
     sum(output.nbytes for output in plan.outputs),
     _engine.peak_bytes(plan),
   )
+
+
+def _inputs(plan: _plan.Plan) -> dict[int, int]:
+  """The bytes of all tensors that are read, each once."""
+  return {
+    id(tensor): tensor.nbytes
+    for output in plan.outputs
+    for tensor in output.inputs
+  }
 
 
 def _divide(plan: _plan.Plan, max_shard_bytes: int) -> list[_shards.Shard]:
@@ -203,8 +207,8 @@ def merge_checkpoints(
     max_shard_bytes: bytes of a file of the result, but for larger tensors.
     weights_only: whether models that are pickled may be read, by
       ``torch.load(weights_only=True)``.
-    seen: told the bytes done so far, and those there are to do at least, while
-      merging.
+    seen: told the bytes read and written so far, and all of them, while
+      merging; tensors that are read several times count again.
 
   Returns:
     What was done.
@@ -240,11 +244,12 @@ def merge_checkpoints(
   for model in plan.models.values():
     _building.check_apart(target, model.opened)
   total = sum(output.nbytes for output in plan.outputs)
+  to_read = sum(_inputs(plan).values())
+  counter = _Counter(seen, to_read + total)
   staging = _Staged(target, plan, max_shard_bytes)
-  _folder.check_room(target, total - staging.bytes_done)
-  counter = _Counter(seen, total)
   engine = _engine.Engine(plan, staging.digests, counter.add)
   try:
+    _folder.check_room(target, total - staging.bytes_done)
     for shard in staging.shards:
       if shard.name not in staging.found.done:
         staging.write(shard, engine)
@@ -278,10 +283,11 @@ class _Counter:
     self.read = 0
     self.written = 0
 
-  def add(self, size: int) -> None:
-    self.read += size
+  def add(self, read: int, written: int) -> None:
+    self.read += read
+    self.written += written
     if self._seen is not None:
-      self._seen(self.read, self._total)
+      self._seen(self.read + self.written, self._total)
 
 
 class _Staged:
