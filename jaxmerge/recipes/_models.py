@@ -37,7 +37,7 @@ class OpenModel(Mapping[str, Tensor]):
     self.reference = reference
     self.checkpoint = _open(reference.model, weights_only)
     self.opened = [self.checkpoint]
-    self._tensors: dict[str, Tensor] = dict(self.checkpoint)
+    self._tensors: dict[str, Tensor] = _with_dots(self.checkpoint)
     if reference.lora is not None:
       adapter = _open(reference.lora, weights_only)
       self.opened.append(adapter)
@@ -73,6 +73,22 @@ class OpenModel(Mapping[str, Tensor]):
   def twin(self, name: str) -> str | None:
     """The tensor that stands for one that is tied to it, if it has that."""
     return _ties.twin(name, self._tensors)
+
+
+def _with_dots(opened: checkpoints.Checkpoint) -> dict[str, Tensor]:
+  """The tensors; of Orbax by names such as files of safetensors have.
+
+  So the result of a merge is one that `convert` makes an Orbax checkpoint of.
+  """
+  if opened.layout != "orbax":
+    return dict(opened)
+  found = {name.replace("/", "."): tensor for name, tensor in opened.items()}
+  if len(found) < len(opened):
+    raise checkpoints.CheckpointError(
+      f"{opened.path} has keys with dots, of which names become equal to others."
+      " Rename the keys."
+    )
+  return found
 
 
 def _open(place: _schema.Place, weights_only: bool) -> checkpoints.Checkpoint:
