@@ -85,8 +85,8 @@ def _with_dots(opened: checkpoints.Checkpoint) -> dict[str, Tensor]:
   found = {name.replace("/", "."): tensor for name, tensor in opened.items()}
   if len(found) < len(opened):
     raise checkpoints.CheckpointError(
-      f"{opened.path} has keys with dots, of which names become equal to others."
-      " Rename the keys."
+      f"{opened.path} has keys with dots, which make names equal. Rename the"
+      " keys."
     )
   return found
 
