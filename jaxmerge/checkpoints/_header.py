@@ -178,6 +178,13 @@ def read_header(
   ):
     raise _damaged(file, "its metadata is no mapping of texts")
   begin = 8 + length
+  for name in content:
+    try:
+      name.encode()
+    except UnicodeEncodeError as error:
+      raise _damaged(file, f"it has the name {name!r}, which is no text") from (
+        error
+      )
   entries = {
     name: _entry(file, name, found, begin) for name, found in content.items()
   }

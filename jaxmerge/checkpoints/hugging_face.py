@@ -33,7 +33,11 @@ PyTree = Any
 Read = Callable[[list[str]], dict[str, np.ndarray]]
 
 #: Buffers that are no parameters.
-BUFFERS = (r"(^|.*\.)position_ids",)
+BUFFERS = (
+  r"(^|.*\.)position_ids",
+  r"(^|.*\.)rotary_emb\.inv_freq",
+  r"(^|.*\.)attn\.masked_bias",
+)
 _WEIGHTS = ("kernel", "scale", "embedding")
 
 

@@ -228,7 +228,10 @@ def middle(
       number = reach[i] - low.above
       values["least"][i] = low.bits
       values["least_from"][i] = low.places[len(low.places) - number]
-    if high is not None and high.bits:
+    if high is not None and not high.bits:
+      # Whatever is not zero is an outlier.
+      values["largest"][i] = 0
+    elif high is not None:
       number = outliers[i] - high.above
       values["largest"][i] = high.bits
       values["largest_to"][i] = high.places[len(high.places) - number]

@@ -93,6 +93,9 @@ def _merge_block(
   if isinstance(rule, _gathered.GatherRule):
     merged = rule.merge(base, leaves, weights, values)
   else:
+    if not rule.spreads:
+      # A comparison could hide what is not finite.
+      rule = _leafwise._marking(rule)
     accumulator = _accumulate(rule, base, leaves, weights, values, start, key)
     merged = rule.finalize(accumulator, base, values, values.get("majority"))
   merged = merged.astype(dtype)

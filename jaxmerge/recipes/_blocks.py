@@ -131,7 +131,9 @@ class TensorBlocks:
           found = tensor.read(start, start + size, array[:size])
         else:
           found = tensor.read(start, start + size)
-          array[:size] = found
+          # What is too large shows as infinity in the result.
+          with np.errstate(over="ignore"):
+            array[:size] = found
         read += found.nbytes
         if place in self._hashers:
           self._hashers[place].update(_digests.raw(found))
@@ -192,11 +194,16 @@ class TensorBlocks:
       parts = [
         np.zeros(stop - start, dtype)
         if tensor is None
-        else tensor.read(start, stop).astype(dtype)
+        else _cast(tensor.read(start, stop), dtype)
         for start, stop in spans
       ]
       found.append(np.concatenate(parts))
     return found
+
+
+def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+  with np.errstate(over="ignore"):
+    return array.astype(dtype)
 
 
 def _reckoned(

@@ -138,7 +138,7 @@ class Engine:
     for owner, tensor in zip(owners, output.inputs, strict=True):
       for start in range(0, tensor.size, self._block):
         part = tensor.read(start, min(start + self._block, tensor.size))
-        if not np.isfinite(part.astype(np.float32)).all():
+        if not np.isfinite(part).all():
           raise _yaml.RecipeError(
             f"{output.name!r} of {owner} holds NaN or infinity: the model is"
             " damaged. Leave the tensor out by exclude, or take another model."
@@ -193,11 +193,12 @@ class Engine:
       if np.dtype(tensor.dtype) == np.float64 and factor is None:
         # Kernels reckon in single precision; a copy need not.
         values = tensor.read(block.start, block.start + block.size)
-      yield _Piece(
-        block.start,
-        values.astype(output.dtype, copy=False),
-        release=block.release,
-      )
+      odd = 0
+      if factor is not None or tensor.dtype != output.dtype:
+        with np.errstate(over="ignore"):
+          values = values.astype(output.dtype)
+        odd = int((~np.isfinite(values)).sum())
+      yield _Piece(block.start, values, odd, block.release)
 
   def _key_of(self, output: _plan.Output, method: Any) -> Any:
     if not method.info.needs_key:
@@ -328,6 +329,8 @@ class Engine:
   ) -> Iterator[_Piece]:
     first = self._blocks_of(output, keep=False)
     products = _block_gram.gram(first, len(output.inputs))
+    if not np.isfinite(products).all():
+      self._explain(output)
     surplus, found = _block_gram.coefficients(
       method, products, output.base is not None, weights
     )

@@ -384,8 +384,16 @@ def verify(out: str | os.PathLike[str], *, inputs: bool = True) -> list[str]:
   folder = pathlib.Path(out)
   try:
     record = json.loads((folder / _folder.RECORD).read_text())
-    outputs, sources = dict(record["outputs"]), dict(record["inputs"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    outputs = {name: dict(found) for name, found in record["outputs"].items()}
+    sources = {name: dict(found) for name, found in record["inputs"].items()}
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
     raise _yaml.RecipeError(
       f"{folder} holds no {_folder.RECORD} of a merge ({error}). Give the"
       " folder of a result."

@@ -160,7 +160,7 @@ def _arithmetic(
     scope = values["scope"]
     del common["normalize"]
     common |= {
-      "scope": "leaf" if scope == "tensor" else "vector",
+      "scope": "vector" if scope == "vector" else "leaf",
       "merge": "mean" if values["normalize"] else "sum",
       "zero_sign": values["zero_sign"],
       "elect": values["elect"],
@@ -171,6 +171,12 @@ def _arithmetic(
   if kind == "breadcrumbs":
     common["gamma"] = list(_column(of_models, "gamma"))
   if kind == "della":
+    for one, reach in zip(density, _column(of_models, "epsilon"), strict=True):
+      if one < 1 and not (0 < one - reach and one + reach < 1):
+        raise ValueError(
+          "density - epsilon and density + epsilon must lie between 0 and 1;"
+          f" got a density of {one} and an epsilon of {reach}"
+        )
     # Probabilities reach from density - epsilon to density + epsilon.
     common["epsilon"] = [2 * one for one in _column(of_models, "epsilon")]
     common["axis"] = 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from jaxmerge import checkpoints
+from jaxmerge import checkpoints, merging
 from jaxmerge.checkpoints import hugging_face
 from jaxmerge.recipes import (
   _alignment,
@@ -29,6 +33,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   **{name: np.dtype(name) for name in ("float16", "float32", "float64")},
 }
+
+
+_SCOPES = ("tensor", "vector")
 
 
 class Output(NamedTuple):
@@ -107,6 +114,10 @@ class _Slice(NamedTuple):
   levels: Levels
 
 
+def _is_buffer(name: str) -> bool:
+  return any(re.fullmatch(one, name) for one in hugging_face.BUFFERS)
+
+
 def _zeros(like: Tensor) -> Tensor:
   return checkpoints.LoadedTensor(
     like.name,
@@ -119,6 +130,26 @@ def _zeros(like: Tensor) -> Tensor:
 def _is_float(tensor: Tensor) -> bool:
   kind = np.dtype(tensor.dtype)
   return kind in DTYPES.values()
+
+
+@functools.cache
+def _checked(name: str, options: str) -> None:
+  """Raises for options out of their range; `options` is JSON."""
+  method = merging.get(name, **json.loads(options))
+  method.method(jax.random.key(0) if method.info.needs_key else None)
+
+
+def _check_call(call: _methods.Call) -> None:
+  """Raises for values that a method does not take."""
+  for weight in call.weights or ():
+    if not math.isfinite(weight):
+      raise ValueError(f"weight must be a finite number; got {weight}")
+  if call.scope not in _SCOPES:
+    raise ValueError(
+      f"scope must be one of {', '.join(_SCOPES)}; got {call.scope!r}"
+    )
+  if call.method is not None:
+    _checked(call.method.info.name, json.dumps(call.method.options))
 
 
 class _Planner:
@@ -140,6 +171,7 @@ class _Planner:
     self.out_dtype = self.dtype if out is None else out
     self.select = self._pattern("select", recipe.select)
     self.exclude = self._pattern("exclude", recipe.exclude)
+    self._layers: dict[str, dict[tuple[str, int], list[str]]] = {}
     # Changes of adapters are task vectors: their base is zero.
     self.from_zero = all(
       opened.checkpoint.is_adapter for opened in models.values()
@@ -230,16 +262,24 @@ class _Planner:
     return found
 
   def _check_slice(self, one: _Slice, stack: str) -> None:
-    names = [source.model for source in one.sources]
-    if one.base is not None:
-      names.append(one.base)
+    names = {source.model for source in one.sources}
+    names |= set() if one.base is None else {one.base}
+    for name in names if self.recipe.models else ():
+      count = _layers.stacks(self.models[name]).get(stack, 0)
+      if count != one.length:
+        raise self._error(
+          f"{name} has {count} layers {stack}, another model {one.length}, up to"
+          f" {stack}.{max(count, one.length) - 1}. Merge models of one"
+          " architecture, or write slices.",
+          ("models",),
+        )
     for source in one.sources:
       count = _layers.stacks(self.models[source.model]).get(stack, 0)
       if source.first + one.length > count:
         raise self._error(
           f"{source.model} has {count} layers {stack}; those from"
           f" {source.first} to {source.first + one.length} are asked for.",
-          ("slices",) if self.recipe.slices else ("models",),
+          ("slices",),
         )
 
   # Tensors.
@@ -256,7 +296,7 @@ class _Planner:
       return twin, opened[twin]
     raise _yaml.RecipeError(
       f"{model} has no tensor {name!r}, which {wanted_by} has. Merge models of"
-      " one architecture, or leave the tensor out by exclude."
+      " one architecture."
     )
 
   def _output(
@@ -264,9 +304,13 @@ class _Planner:
   ) -> Output:
     """The tensor `name`, of a tensor of each source."""
     owner = names[0][0].model
+    # Whoever has it, for the message of one that has not.
+    has = next(
+      (s.model for s, held in names if held in self.models[s.model]), one.base
+    )
     found = []
     for source, own_name in names:
-      held, tensor = self._tensor(source.model, own_name, owner)
+      held, tensor = self._tensor(source.model, own_name, str(has))
       found.append((source, held, tensor))
     base = self._base_of(one, names[0][1])
     first = found[0][2] if base is None else base[1]
@@ -374,7 +418,8 @@ class _Planner:
     has_base = base is not None and method.base in ("needed", "optional")
     try:
       call = method.build(values, of_models, has_base)
-    except (TypeError, ValueError) as error:
+      _check_call(call)
+    except (TypeError, ValueError, OverflowError) as error:
       raise self._error(f"{name!r}: {error}", ("parameters",)) from error
     return (
       call,
@@ -468,37 +513,61 @@ class _Planner:
     """Names of tensors, in the order of the first model's files."""
     names: dict[str, None] = {}
     for one in plain:
-      for source in one.sources:
-        names |= dict.fromkeys(self.models[source.model])
-    buffers = [re.compile(pattern) for pattern in hugging_face.BUFFERS]
+      for owner in self._owners(one):
+        names |= dict.fromkeys(self.models[owner])
     every = [self.models[source.model] for source in plain[0].sources]
     return [
       name
       for name in names
       # A buffer that some models lack is made anew by whoever loads them.
-      if all(name in opened for opened in every)
-      or not any(pattern.fullmatch(name) for pattern in buffers)
+      if not _is_buffer(name) or all(name in opened for opened in every)
     ]
+
+  def _layer(self, model: str, stack: str, number: int) -> list[str]:
+    """Names of a layer's tensors."""
+    if model not in self._layers:
+      found: dict[tuple[str, int], list[str]] = {}
+      for name in self.models[model]:
+        layer = _layers.find(name)
+        if layer is not None:
+          found.setdefault((layer.stack, layer.number), []).append(name)
+      self._layers[model] = found
+    return self._layers[model].get((stack, number), [])
+
+  def _owners(self, one: _Slice) -> list[str]:
+    """The models of a slice, with a base that task vectors start from."""
+    found = [source.model for source in one.sources]
+    if one.base is not None and self.method.base == "needed":
+      found.append(one.base)
+    return found
 
   def _layers_of(self, stack: str, slices: Sequence[_Slice]) -> list[Output]:
     found = []
     number = 0
     for one in slices:
-      owner = self.models[one.sources[0].model]
       for offset in range(one.length):
         t = offset / (one.length - 1) if one.length > 1 else 1.0
-        place = one.sources[0].first + offset
-        for name in owner:
-          layer = _layers.find(name)
-          if layer is None or (layer.stack, layer.number) != (stack, place):
-            continue
+        first = one.sources[0].first + offset
+        every: dict[str, None] = {}
+        for source in one.sources:
+          every |= dict.fromkeys(
+            _layers.rename(name, first)
+            for name in self._layer(source.model, stack, source.first + offset)
+          )
+        if one.base is not None and not self.recipe.slices:
+          every |= dict.fromkeys(self._layer(one.base, stack, first))
+        for name in every:
           names = [
             (source, _layers.rename(name, source.first + offset))
             for source in one.sources
           ]
-          found.append(
-            self._output(_layers.rename(name, number), names, one, t)
+          lacking = any(
+            held not in self.models[source.model] for source, held in names
           )
+          if not (lacking and _is_buffer(name)):
+            found.append(
+              self._output(_layers.rename(name, number), names, one, t)
+            )
         number += 1
     return found
 

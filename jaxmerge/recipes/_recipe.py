@@ -54,14 +54,14 @@ def _explain(
 ) -> _yaml.RecipeError:
   """The first thing that is wrong, with its line."""
   found = error.errors(include_url=False)
-  # Of the kinds that a value may be, the one that fits best fails last.
+  # Of the kinds that a value may be, the one that fits best fails deepest.
   first = max(
-    (
-      one
-      for one in found
-      if _place(document, one) == _place(document, found[0])
+    found,
+    key=lambda one: (
+      len(_place(document, one)),
+      one["type"] in ("value_error", "missing", "extra_forbidden"),
+      len(one["loc"]),
     ),
-    key=lambda one: len(one["loc"]),
   )
   place = _place(document, first)
   if first["type"] == "extra_forbidden":

@@ -48,9 +48,11 @@ class Document:
       raise RecipeError(
         f"{name} is larger than {MOST_BYTES} bytes: that is no recipe."
       )
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    self._yaml, self._loader = yaml, loader
+    self._yaml = yaml
+    loader = None
     try:
+      loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+      self._loader = loader
       node = loader.get_single_node()
       self.value = None if node is None else self._build(node, (), 0)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -63,7 +65,8 @@ class Document:
         f"{name}, {where}: is no YAML ({what}). Mend the file."
       ) from error
     finally:
-      loader.dispose()
+      if loader is not None:
+        loader.dispose()
 
   def _build(self, node: Any, place: tuple[Any, ...], depth: int) -> Any:
     self._left -= 1
@@ -80,7 +83,7 @@ class Document:
     if isinstance(node, yaml.MappingNode):
       found: dict[str, Any] = {}
       for key_node, value_node in node.value:
-        key = self._loader.construct_object(key_node)
+        key = self._scalar(key_node)
         if not isinstance(key, str):
           key = str(key)
         if key in found:
@@ -96,7 +99,18 @@ class Document:
         self._build(child, (*place, number), depth + 1)
         for number, child in enumerate(node.value)
       ]
-    return self._loader.construct_object(node)
+    return self._scalar(node)
+
+  def _scalar(self, node: Any) -> Any:
+    try:
+      return self._loader.construct_object(node)
+    except (self._yaml.YAMLError, RecursionError):
+      raise
+    except Exception as error:  # Of many kinds, where a tag does not fit.
+      raise RecipeError(
+        f"{self._name}, line {node.start_mark.line + 1}: is no YAML"
+        f" ({node.value!r:.60} is no {node.tag.rpartition(':')[2]}). Mend it."
+      ) from error
 
   def line(self, place: Sequence[Any]) -> int:
     """The line of a part, or of the nearest one around it.
