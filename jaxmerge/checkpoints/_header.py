@@ -110,6 +110,8 @@ def _entry(path: pathlib.Path, name: str, found: Any, begin: int) -> Entry:
     not isinstance(shape, list)
     or len(shape) > _MOST_DIMENSIONS
     or not all(map(_is_count, shape))
+    # NumPy counts so far, also where there is no entry.
+    or math.prod(size or 1 for size in shape) * 16 >= 1 << 63
   ):
     raise _damaged(path, f"{name!r} has the shape {shape!r:.80}")
   if (

@@ -268,8 +268,8 @@ class _Planner:
       count = _layers.stacks(self.models[name]).get(stack, 0)
       if count != one.length:
         raise self._error(
-          f"{name} has {count} layers {stack}, another model {one.length}, up to"
-          f" {stack}.{max(count, one.length) - 1}. Merge models of one"
+          f"{name} has {count} layers {stack}, another model {one.length}, up"
+          f" to {stack}.{max(count, one.length) - 1}. Merge models of one"
           " architecture, or write slices.",
           ("models",),
         )
