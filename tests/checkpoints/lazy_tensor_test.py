@@ -159,6 +159,14 @@ class LazyTensorTest(parameterized.TestCase):
       np.asarray(found), _ARRAYS["empty"], strict=True
     )
 
+  def test_a_scalar_onto_a_mesh(self):
+    mesh = jax.make_mesh((4,), ("x",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found = self.opened["scalar"].to_device(whole)
+    np.testing.assert_array_equal(
+      np.asarray(found), _ARRAYS["scalar"], strict=True
+    )
+
   def test_a_sharding_that_does_not_fit(self):
     mesh = jax.make_mesh((4,), ("x",))
     sharding = jax.sharding.NamedSharding(

@@ -110,6 +110,19 @@ class OpenTest(_on_disk.OnDiskTest):
     with self.assertRaisesRegex(CheckpointError, "weight_map"):
       checkpoints.open(self.root / "model")
 
+  def test_an_index_that_is_nested_deep(self):
+    self.write("model", {"a": np.ones(2)}, file="a.safetensors")
+    index = self.root / "model/model.safetensors.index.json"
+    index.write_text('{"weight_map": ' + "[" * 99_999)
+    with self.assertRaisesRegex(CheckpointError, "weight_map"):
+      checkpoints.open(self.root / "model")
+
+  def test_an_index_that_cannot_be_read(self):
+    self.write("model", {"a": np.ones(2)}, file="a.safetensors")
+    (self.root / "model/model.safetensors.index.json").mkdir()
+    with self.assertRaises(CheckpointError):
+      checkpoints.open(self.root / "model")
+
   def test_an_adapter(self):
     folder = self.write(
       "lora",
