@@ -156,7 +156,7 @@ class HeaderTest(parameterized.TestCase):
     ({"a": _entry([1], "04")}, "'a' has the offsets"),
     ({"a": _entry([2], [0, 4])}, r"needs 8 bytes and has offsets of 4"),
     ({"a": _entry([1], [4, 0])}, "needs 4 bytes and has offsets of -4"),
-    ({"a": _entry([2**40, 2**40], [0, 4])}, "'a'.* needs"),
+    ({"a": _entry([2**40, 2**40], [0, 4])}, "'a' has the shape"),
   )
   def test_damaged_header(self, header, message):
     self._write(header, b"0123")
