@@ -166,13 +166,23 @@ class RecipesTest(absltest.TestCase):
     methods = {recipe["merge_method"] for recipe in made}
     self.assertGreaterEqual(len(methods), 18)
 
-  def test_repeated_models_are_read_once(self):
-    recipe = mergekit_parity.speed_recipes(pathlib.Path("x"), 8)["ties"]
-    self.assertLen(recipe["models"], 8)
-    self.assertEqual(
-      mergekit_parity.input_folders(recipe),
-      ["x/base", "x/m1", "x/m2", "x/m3"],
-    )
+  def test_more_models_are_linked(self):
+    with tempfile.TemporaryDirectory() as folder:
+      root = pathlib.Path(folder) / "bfloat16"
+      for name in mergekit_parity.MODELS:
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text(name)
+      mergekit_parity.link(root, 8)
+      mergekit_parity.link(root, 8)
+      recipe = mergekit_parity.speed_recipes(root, 8)["ties"]
+      found = [
+        (pathlib.Path(one["model"]) / "config.json").read_text()
+        for one in recipe["models"]
+      ]
+      self.assertEqual(found, ["m1", "m2", "m3"] * 2 + ["m1", "m2"])
+      self.assertLen(set(mergekit_parity.input_folders(recipe)), 9)
+    two = mergekit_parity.speed_recipes(pathlib.Path("x"), 2)["linear"]
+    self.assertEqual(mergekit_parity.input_folders(two), ["x/m1", "x/m2"])
 
 
 class ProcessTest(absltest.TestCase):
