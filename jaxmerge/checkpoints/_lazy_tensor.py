@@ -162,5 +162,5 @@ class LazyTensor:
     """
     mapped = np.asarray(self)
     return jax.make_array_from_callback(
-      self.shape, sharding, lambda index: np.ascontiguousarray(mapped[index])
+      self.shape, sharding, lambda index: np.array(mapped[index])
     )

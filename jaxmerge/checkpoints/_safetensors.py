@@ -31,7 +31,17 @@ def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
   try:
     places = json.loads(index.read_text())["weight_map"]
     whole = {str(name): str(file) for name, file in places.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except OSError as error:
+    raise _error(
+      index, f"cannot be read ({error.strerror})", "Download it again."
+    ) from error
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
     raise _error(
       index, "has no weight_map of tensors to files", "Download it again."
     ) from error

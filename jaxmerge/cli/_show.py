@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def size(count: float) -> str:
@@ -33,7 +33,7 @@ def parse_size(value: str) -> int:
   >>> parse_size("1.5GB")
   1500000000
   """
-  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTB]?)B?", value.upper())
+  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.upper())
   if not found or float(found[1]) * _UNITS[found[2]] < 1:
     raise click.BadParameter(f"{value!r} is no size: write 5GB, 200MB or 1000")
   return int(float(found[1]) * _UNITS[found[2]])

@@ -211,8 +211,7 @@ def _drawn() -> _sparsify.Sparsifier:
   """Keeps entries that were drawn, and multiplies by a factor."""
 
   def apply(tau: Array, step: _leafwise.Step) -> Array:
-    # A product, which NaN and infinity survive.
-    kept = tau * step.values["mask"].astype(tau.dtype)
+    kept = jnp.where(step.values["mask"], tau, 0)
     return kept * step.values["factor"]
 
   return _sparsify.Sparsifier(apply)

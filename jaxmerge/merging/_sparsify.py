@@ -102,11 +102,9 @@ def random(rescale: str | None = "density") -> Sparsifier:
     assert step.key is not None
     density = step.values["density"]
     is_kept = _draws.bernoulli(step.key, tau.shape, density)
-    # A product, which NaN and infinity survive, so that they are found in the
-    # result and not by a look at every model.
-    return _rescale(tau, tau * is_kept.astype(tau.dtype), rescale, density)
+    return _rescale(tau, jnp.where(is_kept, tau, 0), rescale, density)
 
-  return Sparsifier(apply, spreads=True)
+  return Sparsifier(apply)
 
 
 @functools.cache

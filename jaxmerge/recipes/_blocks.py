@@ -85,6 +85,7 @@ class TensorBlocks:
     block: entries of a block, a power of two.
     digests: where the checksums of what is read are kept; None for nowhere.
     seen: told the bytes of each block that is read.
+    room: bytes of blocks that are kept for the next reading, until `forget`.
   """
 
   def __init__(
@@ -96,6 +97,7 @@ class TensorBlocks:
     block: int = BLOCK,
     digests: _digests.Digests | None = None,
     seen: Callable[[int], None] = lambda size: None,
+    room: int = 0,
   ) -> None:
     """See the class."""
     self.size = next(one.size for one in tensors if one is not None)
@@ -107,6 +109,26 @@ class TensorBlocks:
     self._digests = digests
     self._seen = seen
     self._hashers: dict[int, Any] = {}
+    self._room = room
+    self._kept: dict[int, _by_block.Block] = {}
+
+  def forget(self) -> None:
+    """Gives back the blocks that were kept."""
+    for block in self._kept.values():
+      block.release()
+    self._kept = {}
+
+  def _get(self, start: int) -> _by_block.Block:
+    """A block that was kept, or is read and kept if there is room."""
+    block = self._kept.get(start)
+    if block is None:
+      block = self._read(start)
+      size = sum(array.nbytes for array in block.arrays)
+      if size > self._room:
+        return block
+      self._room -= size
+      self._kept[start] = block
+    return block._replace(release=lambda: None)
 
   def _read(self, start: int) -> _by_block.Block:
     size = min(self._block, self.size - start)
@@ -166,7 +188,7 @@ class TensorBlocks:
     )
     try:
       for start in starts:
-        waiting.append(self._reader.submit(self._read, start))
+        waiting.append(self._reader.submit(self._get, start))
         if len(waiting) >= _AHEAD:
           yield waiting.popleft().result()
       while waiting:

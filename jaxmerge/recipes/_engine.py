@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -29,6 +30,10 @@ from jaxmerge.recipes import (
 
 Tensor = Any
 Values = dict[str, Any]
+
+
+# Bytes of a tensor of all models that are kept for when they are read again.
+_KEPT = 1 << 28
 
 
 class _Piece(NamedTuple):
@@ -154,6 +159,7 @@ class Engine:
     tensors: Sequence[Tensor | None] | None = None,
     *,
     keep: bool = True,
+    room: int = 0,
   ) -> _blocks.TensorBlocks:
     return _blocks.TensorBlocks(
       output.inputs if tensors is None else tensors,
@@ -163,6 +169,7 @@ class Engine:
       self._block,
       self._digests if keep else None,
       lambda size: self._seen(size, 0),
+      room,
     )
 
   def _pieces(self, output: _plan.Output) -> Iterator[_Piece]:
@@ -220,23 +227,29 @@ class Engine:
       np.float32,
     )
     key = self._key_of(output, method)
-    again = self._blocks_of(output, tensors, keep=False)
+    blocks = self._blocks_of(
+      output, tensors, room=_KEPT if rule.sparsifier is not None else 0
+    )
     drawn = rule.selects == "random"
     density = np.broadcast_to(
       np.asarray(method.options.get("density", 1.0), np.float32), len(weights)
     )
     masks = _by_block.Masks(key if drawn else None, density)
-    told = self._told(call, method, rule, again, weights, masks)
+    told = self._told(call, method, rule, blocks, weights, masks)
     for block, merged, odd in _by_block.merge_blocks(
       rule.rule,
-      self._blocks_of(output, tensors),
+      blocks,
       weights,
       told,
       None if drawn else key,
       masks,
       _kernel_dtype(output),
     ):
-      yield _Piece(block.start, merged, odd, block.release)
+      release = block.release
+      if block.start + block.size == blocks.size:
+        # The last one is written when all are.
+        release = functools.partial(_both, block.release, blocks.forget)
+      yield _Piece(block.start, merged, odd, release)
 
   def _told(
     self,
@@ -327,8 +340,8 @@ class Engine:
     method: merging.RegisteredMethod,
     weights: Any,
   ) -> Iterator[_Piece]:
-    first = self._blocks_of(output, keep=False)
-    products = _block_gram.gram(first, len(output.inputs))
+    blocks = self._blocks_of(output, room=_KEPT)
+    products = _block_gram.gram(blocks, len(output.inputs))
     if not np.isfinite(products).all():
       self._explain(output)
     surplus, found = _block_gram.coefficients(
@@ -336,14 +349,17 @@ class Engine:
     )
     for block, merged, odd in _by_block.merge_blocks(
       _block_gram.combination_rule(),
-      self._blocks_of(output),
+      blocks,
       found.astype(np.float32),
       {"surplus": np.asarray(surplus, np.float32)},
       None,
       _by_block.Masks(None, np.zeros(0)),
       _kernel_dtype(output),
     ):
-      yield _Piece(block.start, merged, odd, block.release)
+      release = block.release
+      if block.start + block.size == blocks.size:
+        release = functools.partial(_both, block.release, blocks.forget)
+      yield _Piece(block.start, merged, odd, release)
 
   def _whole(
     self,
@@ -405,6 +421,11 @@ def peak_bytes(plan: _plan.Plan, block: int = _blocks.BLOCK) -> int:
     ) * (size if whole else 3 * _blocks.padded(min(size, block)))
     most = max(most, held + inputs)
   return most
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+  first()
+  second()
 
 
 def _kernel_dtype(output: _plan.Output) -> np.dtype[Any]:

@@ -468,7 +468,7 @@ class _Planner:
     for model, tensor in zip(output.models, output.tensors, strict=True):
       if tuple(tensor.shape) != output.shape:
         remedy = "Merge models of one size."
-        if tensor.shape[1:] == output.shape[1:]:
+        if output.shape[1:] and tensor.shape[1:] == output.shape[1:]:
           remedy = (
             "If they have different vocabularies, give tokenizer_source: union"
             " or base."
