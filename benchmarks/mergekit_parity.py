@@ -1336,14 +1336,14 @@ Where more than roundings differ:
   zeros for orthogonal to the other one and multiplies that by sin(t pi / 2),
   jaxmerge by t.
 - arcee_fusion: mergekit's divergences, in float32, are inexact where a model
-  hardly moved; entries near the threshold change sides. Of the tiny Llama's
-  entries that differ, jaxmerge's are those of a computation in float64. With
-  `dtype: bfloat16` mergekit writes float32 (see the row).
+  hardly moved; entries near the threshold change sides. In the tensors of the
+  tiny Llama that were looked at, about 25, jaxmerge's entries are those of a
+  computation in float64. With `dtype: bfloat16` mergekit writes float32.
 - ties in bfloat16: many changes have the very magnitude that is the threshold;
   the tools keep others of these. With "ties, sum" that is so for 501 of 504
   entries beyond one unit.
-- model_stock, GPT-2: one bias whose task vectors are nearly orthogonal. The
-  result is 8e-5 of a model's bias, by a cosine near zero that cancels.
+- model_stock, GPT-2: one bias. The result is 8e-5 of a model's bias, by a
+  cosine near zero, which seems to cancel.
 - Rounding in bfloat16: mergekit's differences from itself, in float32, are as
   many as those from jaxmerge.
 """
