@@ -35,6 +35,21 @@ def padded(size: int) -> int:
   return max(_LEAST, 1 << (size - 1).bit_length())
 
 
+def block_for(inputs: int, block: int) -> int:
+  """Entries of a block, fewer where many tensors are read side by side.
+
+  Args:
+    inputs: number of tensors.
+    block: entries of a block of four tensors at most.
+
+  Returns:
+    A power of two, so that a block of all has not much more than four have.
+  """
+  while inputs * block > 4 * BLOCK and block > _LEAST:
+    block //= 2
+  return block
+
+
 class Pool:
   """Aligned buffers that are used again.
 

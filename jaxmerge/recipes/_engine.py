@@ -161,12 +161,13 @@ class Engine:
     keep: bool = True,
     room: int = 0,
   ) -> _blocks.TensorBlocks:
+    given = output.inputs if tensors is None else tensors
     return _blocks.TensorBlocks(
-      output.inputs if tensors is None else tensors,
+      given,
       self._pool,
       self._reader,
       output.read_dtype,
-      self._block,
+      _blocks.block_for(len(given), self._block),
       self._digests if keep else None,
       lambda size: self._seen(size, 0),
       room,
