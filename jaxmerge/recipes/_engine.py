@@ -237,20 +237,15 @@ class Engine:
     )
     masks = _by_block.Masks(key if drawn else None, density)
     told = self._told(call, method, rule, blocks, weights, masks)
-    for block, merged, odd in _by_block.merge_blocks(
+    yield from _merged(
+      output,
       rule.rule,
       blocks,
       weights,
       told,
-      None if drawn else key,
       masks,
-      _kernel_dtype(output),
-    ):
-      release = block.release
-      if block.start + block.size == blocks.size:
-        # The last one is written when all are.
-        release = functools.partial(_both, block.release, blocks.forget)
-      yield _Piece(block.start, merged, odd, release)
+      None if drawn else key,
+    )
 
   def _told(
     self,
@@ -348,19 +343,14 @@ class Engine:
     surplus, found = _block_gram.coefficients(
       method, products, output.base is not None, weights
     )
-    for block, merged, odd in _by_block.merge_blocks(
+    yield from _merged(
+      output,
       _block_gram.combination_rule(),
       blocks,
       found.astype(np.float32),
       {"surplus": np.asarray(surplus, np.float32)},
-      None,
       _by_block.Masks(None, np.zeros(0)),
-      _kernel_dtype(output),
-    ):
-      release = block.release
-      if block.start + block.size == blocks.size:
-        release = functools.partial(_both, block.release, blocks.forget)
-      yield _Piece(block.start, merged, odd, release)
+    )
 
   def _whole(
     self,
@@ -424,9 +414,26 @@ def peak_bytes(plan: _plan.Plan, block: int = _blocks.BLOCK) -> int:
   return most
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
-  first()
-  second()
+def _merged(
+  output: _plan.Output,
+  rule: _by_block.Rule,
+  blocks: _blocks.TensorBlocks,
+  weights: np.ndarray,
+  values: Values,
+  masks: _by_block.Masks,
+  key: Any = None,
+) -> Iterator[_Piece]:
+  """The pieces of a tensor; what was kept of it goes with the last one."""
+
+  def release(block: _by_block.Block) -> None:
+    block.release()
+    if block.start + block.size == blocks.size:
+      blocks.forget()
+
+  for block, merged, odd in _by_block.merge_blocks(
+    rule, blocks, weights, values, key, masks, _kernel_dtype(output)
+  ):
+    yield _Piece(block.start, merged, odd, functools.partial(release, block))
 
 
 def _kernel_dtype(output: _plan.Output) -> np.dtype[Any]:

@@ -214,7 +214,7 @@ class ProcessTest(absltest.TestCase):
 
   def test_last_line(self):
     found = mergekit_parity.last_line(
-      "Traceback\n  File\nOSError: /tmp/w/models is no\n\n", {"/tmp/w": "DIR"}
+      "Traceback\n  File\nOSError: /some/w/models is no\n\n", {"/some/w": "DIR"}
     )
     self.assertEqual(found, "OSError: DIR/models is no")
     self.assertEqual(mergekit_parity.last_line("", {}), "no message")
