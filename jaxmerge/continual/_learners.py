@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,12 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxmerge import training
+from jaxmerge import models, training
 from jaxmerge.continual import (
+  _gradient,
   _objective,
+  _path,
   _problem,
+  _projection,
+  _signs,
   _training,
+  _updates,
   regularizers,
 )
 from jaxmerge.continual import replay as replay_lib
@@ -65,6 +72,11 @@ class Learner(NamedTuple):
       "seen" so far, or those of the "task" alone.
     rehearsal: the part of stored examples, or None.
     regularizer: the regulariser, or None.
+    adapter: low-rank adapters that are trained instead of the network.
+    path: the snapshots to keep of the way, for a merge that needs them.
+    projection: a training before this one, from the same start, whose steps
+      spare the tasks before; this one goes on from where it ends.
+    signs: how the parameters are held at the signs of the start.
   """
 
   training: _training.Training = _training.Training()
@@ -73,6 +85,10 @@ class Learner(NamedTuple):
   head: str = "all"
   rehearsal: Rehearsal | None = None
   regularizer: regularizers.Regularizer | None = None
+  adapter: models.Lora | None = None
+  path: _path.Path | None = None
+  projection: _projection.Projection | None = None
+  signs: _signs.Signs | None = None
 
 
 class LearnerState(NamedTuple):
@@ -81,10 +97,31 @@ class LearnerState(NamedTuple):
   Attributes:
     last: the network of the last task, None where it is not needed.
     regularizer: the regulariser's state.
+    projection: that of the projection.
   """
 
   last: PyTree
   regularizer: PyTree
+  projection: PyTree = None
+
+
+class Learned(NamedTuple):
+  """What the training of a task has made.
+
+  Attributes:
+    params: the network; adapters, where these are trained.
+    state: the learner's new state.
+    buffer: the buffer that was filled while training, or None.
+    anchor: where the last part of the training started: the start of the task,
+      or where the projected training has ended.
+    path: snapshots along the way, leaves `[seeds, snapshots, ...]`, or None.
+  """
+
+  params: PyTree
+  state: LearnerState
+  buffer: replay_lib.ReplayState | None
+  anchor: PyTree
+  path: PyTree
 
 
 def check(learner: Learner, problem: _problem.Problem) -> None:
@@ -96,6 +133,14 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
         f"Unknown {field} {getattr(learner, field)!r}. Choose one of "
         f"{', '.join(known)}."
       )
+  if learner.path is not None:
+    _path.check(learner.path)
+  if learner.projection is not None:
+    _projection.check(learner.projection)
+  if learner.signs is not None:
+    _signs.check(learner.signs)
+  if learner.adapter is not None:
+    _check_adapter(learner, problem)
   rehearsal = learner.rehearsal
   if rehearsal is None:
     return
@@ -121,6 +166,46 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
     )
 
 
+def _check_adapter(learner: Learner, problem: _problem.Problem) -> None:
+  """Raises ValueError for what adapters cannot be trained with."""
+  parts = {
+    "rehearsal": learner.rehearsal,
+    "a projection": learner.projection,
+    "a regulariser": learner.regularizer,
+  }
+  for name, part in parts.items():
+    if part is not None:
+      raise ValueError(
+        f"Adapters are trained without {name}: leave the adapter out, or the"
+        " other."
+      )
+  jax.eval_shape(lambda: initial(learner, problem))
+
+
+def initial(learner: Learner, problem: _problem.Problem) -> PyTree:
+  """What is trained, before the first task: the network, or new adapters."""
+  lora = learner.adapter
+  if lora is None:
+    return problem.params
+  return jax.vmap(functools.partial(models.lora_init, lora))(
+    problem.keys_for("adapter"), problem.params
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def _apply(lora: models.Lora) -> Callable[[PyTree, PyTree], PyTree]:
+  return jax.jit(jax.vmap(functools.partial(models.lora_apply, lora)))
+
+
+def network(
+  learner: Learner, problem: _problem.Problem, params: PyTree
+) -> PyTree:
+  """The network of what is trained."""
+  if learner.adapter is None:
+    return params
+  return _apply(learner.adapter)(problem.params, params)
+
+
 def describe(learner: Learner) -> str:
   """A name that is the same for equal learners, in any process."""
   regularizer = learner.regularizer
@@ -137,9 +222,11 @@ def needs_replay(learner: Learner) -> bool:
 def init(learner: Learner, problem: _problem.Problem) -> LearnerState:
   """The state before the first task."""
   regularizer = learner.regularizer
+  projection = learner.projection
   return LearnerState(
-    last=problem.params if learner.start == "last" else None,
+    last=initial(learner, problem) if learner.start == "last" else None,
     regularizer=None if regularizer is None else regularizer.init(problem),
+    projection=None if projection is None else _projection.init(problem),
   )
 
 
@@ -248,6 +335,7 @@ def run(
   frozen: Data,
   keys: jax.Array,
   state: PyTree = None,
+  last: _training.Last | None = None,
 ) -> training.TrainResult:
   """Trains on some rows of the problem's training pool.
 
@@ -260,11 +348,12 @@ def run(
     frozen: data of the terms.
     keys: PRNG keys, one a seed.
     state: state of the run, where the terms need one.
+    last: the last of the optimizer's transformations, None for none.
 
   Returns:
     The result, with the axis of seeds.
   """
-  plan = _training.plan(settings, rows)
+  plan = _training.plan(settings, rows, last)
   data, indices = _data(problem, plan.rows, keys, settings.augment)
   return training.train(
     _objective.loss_fn(problem.logits_fn, terms),
@@ -309,6 +398,87 @@ def _data(
   return training.HostData(make, rows.shape[1]), every[None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Last:
+  """What comes last in the optimizer; hashable, see `_training.Last`."""
+
+  signs: _signs.Signs | None
+  path: _path.Path | None
+
+  def __call__(
+    self, steps: int
+  ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+    """The transformations, the one that keeps the path last."""
+    found = []
+    if self.signs is not None:
+      found.append(_updates.align_signs(self.signs.period))
+    if self.path is not None:
+      found.append(_path.transformation(self.path, steps))
+    return tuple(found)
+
+
+def _last(learner: Learner) -> _training.Last | None:
+  if learner.signs is None and learner.path is None:
+    return None
+  return _Last(learner.signs, learner.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projected:
+  """The last transformation of a projected training."""
+
+  def __call__(
+    self, steps: int
+  ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+    """The projection."""
+    del steps
+    return (_updates.project(),)
+
+
+def _start(
+  problem: _problem.Problem, learner: Learner, params: PyTree, task: int
+) -> None:
+  """Reports the loss and its gradient where a task's training starts."""
+  if problem.report is None:
+    return
+  loss, gradient = _gradient.mean_gradient(problem, params, task, learner.head)
+  problem.report(
+    "start",
+    task,
+    {
+      "loss": np.asarray(loss),
+      "gradient_norm": np.asarray(_gradient.norms(gradient)),
+    },
+  )
+
+
+def _projected(
+  learner: Learner,
+  problem: _problem.Problem,
+  state: LearnerState,
+  task: int,
+  start: PyTree,
+  rows: np.ndarray,
+  labels: Data,
+) -> training.TrainResult:
+  """The training whose steps spare the tasks before."""
+  projection = learner.projection
+  assert projection is not None
+  return run(
+    problem,
+    projection.training or learner.training,
+    _objective.Terms(),
+    start,
+    rows,
+    {
+      "labels": labels,
+      "projection": _projection.data(projection, state.projection, task),
+    },
+    problem.keys_for("projection", task),
+    last=_Projected(),
+  )
+
+
 def learn(
   learner: Learner,
   problem: _problem.Problem,
@@ -317,7 +487,7 @@ def learn(
   start: PyTree,
   buffer: np.ndarray,
   online: replay_lib.ReplayState | None = None,
-) -> tuple[PyTree, LearnerState, replay_lib.ReplayState | None]:
+) -> Learned:
   """Trains the network of a task.
 
   Args:
@@ -325,12 +495,12 @@ def learn(
     problem: the problem.
     state: the learner's state.
     task: number of the task.
-    start: the network that it starts from.
+    start: the network that it starts from; adapters, where these are trained.
     buffer: int32 `[seeds, n]`, rows of the stored examples.
     online: the buffer that is filled while training, or None.
 
   Returns:
-    The network, the learner's new state, and the filled buffer.
+    What the training has made.
   """
   rows = {
     "task": lambda: problem.rows_of([task]),
@@ -357,6 +527,13 @@ def learn(
     if regularizer.follows:
       names.append("path")
       run_state["path"] = _objective.start_path(start)
+  if learner.adapter is not None:
+    frozen["base"] = problem.params
+  if learner.signs is not None:
+    origin = problem.params
+    if learner.adapter is not None:
+      origin = jax.tree.map(jnp.zeros_like, start)
+    frozen["signs"] = _signs.data(problem, learner.signs, start, origin)
   transform = (
     problem.transform if rehearsal is not None and rehearsal.augment else None
   )
@@ -365,17 +542,31 @@ def learn(
     0 if rehearsal is None else rehearsal.batch_size,
     problem.replay if online is not None else None,
     transform,
+    learner.adapter,
   )
-  result = run(
-    problem,
-    learner.training,
-    terms,
-    start,
-    rows,
-    frozen,
-    problem.keys_for("learner", task),
-    run_state or None,
-  )
+  _start(problem, learner, network(learner, problem, start), task)
+  anchor, released = start, True
+  # The first task has nothing to spare.
+  if learner.projection is not None and (
+    task or not learner.projection.release
+  ):
+    labels = frozen["labels"]
+    result = _projected(learner, problem, state, task, start, rows, labels)
+    anchor, released = result.params, learner.projection.release
+  if released:
+    result = run(
+      problem,
+      learner.training,
+      terms,
+      anchor,
+      rows,
+      frozen,
+      problem.keys_for("learner", task),
+      run_state or None,
+      _last(learner),
+    )
+  if problem.report is not None:
+    problem.report("training", task, result.trace)
   after = result.state or {}
   if regularizer is not None:
     state = state._replace(
@@ -385,4 +576,24 @@ def learn(
     )
   if learner.start == "last":
     state = state._replace(last=result.params)
-  return result.params, state, after.get("buffer")
+  path = None
+  if learner.path is not None:
+    path = _path.taken(learner.path, result.opt_state[-1])
+  return Learned(result.params, state, after.get("buffer"), anchor, path)
+
+
+def after_merge(
+  learner: Learner,
+  problem: _problem.Problem,
+  state: LearnerState,
+  params: PyTree,
+  task: int,
+) -> LearnerState:
+  """The state once the strategy has made its network of the tasks so far."""
+  if learner.projection is None:
+    return state
+  return state._replace(
+    projection=_projection.after_task(
+      problem, learner.projection, state.projection, params, task
+    )
+  )

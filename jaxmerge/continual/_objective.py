@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmerge import training
+from jaxmerge import models, training
 from jaxmerge import tree as tree_lib
 from jaxmerge.continual import replay as replay_lib
 
@@ -33,12 +33,15 @@ class Terms(NamedTuple):
     replay_batch: number of stored examples a step.
     online: the buffer that the run fills as it goes, or None.
     transform: augmentation of replayed examples, or None.
+    adapter: low-rank adapters that are trained instead of the network, which is
+      then `frozen["base"]`.
   """
 
   names: tuple[str, ...] = ("labels",)
   replay_batch: int = 0
   online: replay_lib.Replay | None = None
   transform: Transform | None = None
+  adapter: models.Lora | None = None
 
 
 def cross_entropy(
@@ -305,7 +308,16 @@ def loss_fn(
     whole = _with_gradient(value, params, grads)
     return jnp.broadcast_to(whole, losses.shape), metrics, new_state
 
-  return loss
+  lora = terms.adapter
+  if lora is None:
+    return loss
+
+  def of_adapters(adapters: PyTree, context: training.Context) -> Any:
+    return loss(
+      models.lora_apply(lora, context.frozen["base"], adapters), context
+    )
+
+  return of_adapters
 
 
 def _projected(

@@ -38,6 +38,21 @@ class Keep(Protocol):
     """
 
 
+class Report(Protocol):
+  """Is told of what happens within a strategy."""
+
+  def __call__(self, what: str, task: int, values: dict[str, Any]) -> None:
+    """Takes some figures.
+
+    Args:
+      what: what they are of: "start", the loss and the norm of its gradient
+        where a task's training starts; "training", every metric at every step;
+        or a merge's name.
+      task: number of the task.
+      values: NumPy arrays `[seeds, ...]`, and names.
+    """
+
+
 def _make(
   name: str, make: Callable[[], PyTree], like: Callable[[], PyTree]
 ) -> PyTree:
@@ -68,7 +83,12 @@ class Problem:
       while the devices work on the epoch before: for inputs that are decoded or
       changed on the host. Two epochs of a task lie on the devices, not the
       pool. None for a pool that lies on the devices.
+    statistics_fn: a `logits_fn` for the statistics of layers' inputs, where
+      the layers of `logits_fn` itself stand in a condition or a loop; None for
+      that one.
     keep: keeps what takes long to make; by default nothing but memory does.
+    report: is told of each task's start, training and merge; None for no one,
+      which saves what it takes to know them.
     memo: what has been made in this process.
   """
 
@@ -82,7 +102,9 @@ class Problem:
   transform: Callable[[jax.Array, PyTree], PyTree] | None = None
   spec: alignment.PermutationSpec | None = None
   augment_on_host: AugmentOnHost | None = None
+  statistics_fn: LogitsFn | None = None
   keep: Keep = _make
+  report: Report | None = None
   memo: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   @property
@@ -162,6 +184,7 @@ def make_problem(
   transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
   spec: alignment.PermutationSpec | None = None,
   augment_on_host: AugmentOnHost | None = None,
+  statistics_fn: LogitsFn | None = None,
   devices: Sequence[jax.Device] | int | None = None,
 ) -> Problem:
   """Puts a stream on the devices.
@@ -175,6 +198,7 @@ def make_problem(
     transform: see `Problem`.
     spec: see `Problem`.
     augment_on_host: see `Problem`; for one seed.
+    statistics_fn: see `Problem`.
     devices: as in `training.resolve_devices`.
 
   Returns:
@@ -219,6 +243,7 @@ def make_problem(
     transform=transform,
     spec=spec,
     augment_on_host=augment_on_host,
+    statistics_fn=statistics_fn,
   )
 
 

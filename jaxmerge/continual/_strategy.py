@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -249,6 +250,19 @@ def compose(
   """
   if finetune is not None:
     _check_finetune(finetune)
+  if learner.adapter is not None and (
+    finetune is not None or (merge is not None and merge.runs_network)
+  ):
+    raise ValueError(
+      f"The strategy {name} trains adapters, which are merged as they are: a"
+      " fine-tuning, or a merge that runs the network, is not there for them."
+      " Leave the adapter out, or choose another merge."
+    )
+  if merge is not None and merge.needs_path and learner.path is None:
+    raise ValueError(
+      f"The merge {merge.name} needs snapshots of the training: give the"
+      " learner path=Path(...)."
+    )
   rehearsal = learner.rehearsal
   online = rehearsal is not None and rehearsal.online
   needs_replay = (
@@ -256,9 +270,22 @@ def compose(
     or finetune is not None
     or (merge is not None and merge.needs_replay)
   )
-  # What such a learner makes does not depend on the merge: shared by all.
-  shared = learner.start != "merged" and not _learners.needs_replay(learner)
+  # What such a learner makes does not depend on the merge: shared by all. But
+  # what goes with its network is not kept.
+  shared = (
+    learner.start != "merged"
+    and not _learners.needs_replay(learner)
+    and learner.path is None
+    and learner.projection is None
+  )
   label = f"{zlib.crc32(_learners.describe(learner).encode()):08x}"
+
+  def _inner(problem: _problem.Problem) -> _problem.Problem:
+    """The problem of what is trained: of the adapters, where these are."""
+    if learner.adapter is None:
+      return problem
+    params = _learners.initial(learner, problem)
+    return dataclasses.replace(problem, params=params)
 
   def init(problem: _problem.Problem) -> StrategyState:
     _learners.check(learner, problem)
@@ -281,18 +308,19 @@ def compose(
         functools.partial(_problem.seed_axis, problem),
         problem.replay.init(jax.ShapeDtypeStruct((), jnp.int32)),
       )
+    inner = _inner(problem)
     experts = None
     if keep_experts:
       experts = jax.tree.map(
         lambda leaf: jnp.zeros(
           (len(leaf), problem.num_tasks, *leaf.shape[1:]), leaf.dtype
         ),
-        problem.params,
+        inner.params,
       )
     return StrategyState(
-      current=problem.params,
+      current=inner.params,
       learner=_learners.init(learner, problem),
-      merge=None if merge is None else merge.init(problem),
+      merge=None if merge is None else merge.init(inner),
       buffer=buffer,
       experts=experts,
     )
@@ -302,9 +330,9 @@ def compose(
 
   def learned(
     problem: _problem.Problem, state: StrategyState, task: int
-  ) -> Any:
+  ) -> _learners.Learned:
     start = {
-      "initial": problem.params,
+      "initial": _learners.initial(learner, problem),
       "last": state.learner.last,
       "merged": state.current,
     }[learner.start]
@@ -332,34 +360,35 @@ def compose(
     if learner.rows == "buffer" and buffer is not None:
       buffer = _store(problem, buffer, task, state.current)
       state = state._replace(buffer=buffer)
+    anchor = path = None
     if shared:
       expert, held = problem.once(
         f"experts/{label}/task-{task}",
         lambda: learned(problem, state, task)[:2],
-        lambda: (problem.params, _learners.init(learner, problem)),
+        lambda: (
+          _learners.initial(learner, problem),
+          _learners.init(learner, problem),
+        ),
       )
     else:
-      expert, held, filled = learned(problem, state, task)
+      expert, held, filled, anchor, path = learned(problem, state, task)
       buffer = filled if online else buffer
     if buffer is not None and not online and learner.rows != "buffer":
       buffer = _store(problem, buffer, task, expert)
     merged, merge_state = expert, state.merge
+    rows = np.zeros((problem.num_seeds, 0), np.int32)
     if not online:
       rows = _stored_rows(problem, buffer)
-      if merge is not None:
-        merged, merge_state = merge.update(
-          problem,
-          state.merge,
-          merges.Step(state.current, expert, task, rows),
-        )
-      # One task's network needs no merge, and no fine-tuning.
-      if finetune is not None and task:
-        merged = _finetuned(problem, finetune, merged, expert, task, rows)
-    elif merge is not None:
-      none = np.zeros((problem.num_seeds, 0), np.int32)
+    if merge is not None:
       merged, merge_state = merge.update(
-        problem, state.merge, merges.Step(state.current, expert, task, none)
+        _inner(problem),
+        state.merge,
+        merges.Step(state.current, expert, task, rows, anchor, path),
       )
+    # One task's network needs no fine-tuning.
+    if finetune is not None and task:
+      merged = _finetuned(problem, finetune, merged, expert, task, rows)
+    held = _learners.after_merge(learner, problem, held, merged, task)
     experts = state.experts
     if experts is not None:
       experts = jax.tree.map(
@@ -370,16 +399,18 @@ def compose(
   def params(
     problem: _problem.Problem, state: StrategyState, task: int | None = None
   ) -> PyTree:
-    del problem
-    if state.experts is None or task is None:
-      return state.current
-    return jax.tree.map(lambda leaf: leaf[:, task], state.experts)
+    found = state.current
+    if state.experts is not None and task is not None:
+      found = jax.tree.map(lambda leaf: leaf[:, task], state.experts)
+    return _learners.network(learner, problem, found)
 
   def memory(
     problem: _problem.Problem, state: StrategyState, tasks: int
   ) -> dict[str, int]:
     seeds = problem.num_seeds
     networks = nbytes((state.current, state.learner)) // seeds
+    if learner.adapter is not None:
+      networks += nbytes(problem.params) // seeds  # What they are added to.
     if learner.start == "last" and merge is None and finetune is None:
       networks -= nbytes(state.current) // seeds  # One and the same.
     # Slots of networks that have not come yet are not held.

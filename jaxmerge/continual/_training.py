@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,10 +101,18 @@ def check(settings: Training, name: str) -> None:
     raise ValueError(f"{name}: clip must be positive, got {settings.clip}.")
 
 
+#: Makes what comes last in an optimizer, of the number of steps; equal ones
+#: must compare equal, so that runs share one compiled epoch.
+Last = Callable[[int], tuple[optax.GradientTransformationExtraArgs, ...]]
+
+
 # Cached: runs with equal settings share one compiled epoch.
 @functools.lru_cache(maxsize=128)
 def optimizer(
-  settings: Training, epochs: int, steps_per_epoch: int
+  settings: Training,
+  epochs: int,
+  steps_per_epoch: int,
+  last: Last | None = None,
 ) -> training.Optimizer:
   """The optimizer of a run of so many steps.
 
@@ -111,6 +120,7 @@ def optimizer(
     settings: the settings.
     epochs: number of epochs.
     steps_per_epoch: number of steps in an epoch.
+    last: what comes last in it, of the number of all steps; None for nothing.
 
   Returns:
     The optimizer; equal arguments give the same object.
@@ -129,6 +139,8 @@ def optimizer(
     step = _promoting(optax.adamw(schedule, weight_decay=settings.weight_decay))
   if settings.clip is not None:
     step = optax.chain(optax.clip_by_global_norm(settings.clip), step)
+  if last is not None:
+    step = optax.chain(step, *last(epochs * steps_per_epoch))
   return training.Optimizer(step, schedule)
 
 
@@ -206,12 +218,15 @@ class Plan(NamedTuple):
   optimizer: training.Optimizer
 
 
-def plan(settings: Training, rows: np.ndarray) -> Plan:
+def plan(
+  settings: Training, rows: np.ndarray, last: Last | None = None
+) -> Plan:
   """Plans a run: a number of iterations is one epoch of repeated rows.
 
   Args:
     settings: the settings.
     rows: int32 `[seeds, n]`, the examples.
+    last: as in `optimizer`.
 
   Returns:
     The plan.
@@ -224,4 +239,5 @@ def plan(settings: Training, rows: np.ndarray) -> Plan:
   if settings.iterations is not None:
     rows, epochs = tile_rows(rows, settings.iterations * batch_size, 0), 1
   steps = -(-rows.shape[1] // batch_size)
-  return Plan(rows, epochs, batch_size, optimizer(settings, epochs, steps))
+  step = optimizer(settings, epochs, steps, last)
+  return Plan(rows, epochs, batch_size, step)

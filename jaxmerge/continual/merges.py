@@ -28,12 +28,16 @@ class Step(NamedTuple):
     task: its number.
     buffer: int32 `[seeds, n]`, rows of the stored examples, this task's among
       them; `[seeds, 0]` in a data-free run.
+    anchor: where the last part of the expert's training started.
+    path: snapshots along it, leaves `[seeds, snapshots, ...]`, or None.
   """
 
   current: PyTree
   expert: PyTree
   task: int
   buffer: np.ndarray
+  anchor: PyTree = None
+  path: PyTree = None
 
 
 class Merge(NamedTuple):
@@ -44,12 +48,17 @@ class Merge(NamedTuple):
     init: `init(problem) -> state`, before the first task.
     update: `update(problem, state, step) -> (merged, state)`.
     needs_replay: whether it looks at stored examples.
+    runs_network: whether it runs the network on data, for which it needs its
+      parameters rather than adapters.
+    needs_path: whether it needs snapshots of the expert's training.
   """
 
   name: str
   init: Callable[[_problem.Problem], State]
   update: Callable[[_problem.Problem, State, Step], tuple[PyTree, State]]
   needs_replay: bool = False
+  runs_network: bool = False
+  needs_path: bool = False
 
 
 def _no_state(problem: _problem.Problem) -> State:
@@ -240,7 +249,12 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
     return _problem.per_seed(problem, one, keys, problem.params, models), state
 
   parts = [f"{key}={value}" for key, value in sorted(options.items())]
-  return Merge(f"{name}({', '.join(parts)})" if parts else name, init, update)
+  return Merge(
+    f"{name}({', '.join(parts)})" if parts else name,
+    init,
+    update,
+    runs_network=rule.info.statistics is not None,
+  )
 
 
 def running_regmean(
@@ -329,7 +343,7 @@ def running_regmean(
 
   name = f"running_regmean(alpha={alpha}, damping={damping}"
   name += f", samples={samples})" if samples else ")"
-  return Merge(name, init, update)
+  return Merge(name, init, update, runs_network=True)
 
 
 def _check_t(t: str | float) -> None:
@@ -431,7 +445,7 @@ def curve(
 
   parts = [f"t={t}", *([align] if align else [])]
   parts += [f"{name}={value}" for name, value in sorted(options.items())]
-  return Merge(f"curve({', '.join(parts)})", _no_state, update, True)
+  return Merge(f"curve({', '.join(parts)})", _no_state, update, True, True)
 
 
 def _best_on(problem: _problem.Problem, path: Any, held: np.ndarray) -> PyTree:
@@ -521,4 +535,5 @@ def simplex(
     )
     return merged, state
 
-  return Merge(f"simplex(concentration={concentration})", init, update, True)
+  name = f"simplex(concentration={concentration})"
+  return Merge(name, init, update, True, True)

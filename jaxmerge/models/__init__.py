@@ -9,6 +9,7 @@
   puts several texts into a row, a `Packing`.
 * `Clip`, whose encoders have `ClipSizes`; `clip_from_config`, and
   `clip_from_open_clip` of open_clip's.
+* `Lora`, `lora_init`, `lora_apply`: low-rank adapters of any of them.
 * `class_embeddings`: a frozen head of the names of classes.
 * `get`, `names`: the registry of named networks.
 """
@@ -27,6 +28,7 @@ from jaxmerge.models._clip import (
   clip_from_open_clip,
 )
 from jaxmerge.models._cnn import CNN
+from jaxmerge.models._lora import Lora, lora_apply, lora_init
 from jaxmerge.models._mlp import MLP
 from jaxmerge.models._norms import BatchNorm
 from jaxmerge.models._packing import Packing, pack_texts
@@ -44,6 +46,7 @@ __all__ = [
   "BertOutput",
   "Clip",
   "ClipSizes",
+  "Lora",
   "Packing",
   "ResNet",
   "ViT",
@@ -52,6 +55,8 @@ __all__ = [
   "clip_from_config",
   "clip_from_open_clip",
   "get",
+  "lora_apply",
+  "lora_init",
   "mean_embedding",
   "names",
   "pack_texts",

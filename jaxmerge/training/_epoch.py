@@ -157,7 +157,7 @@ def run_step(
 
   Args:
     loss_fn: the loss.
-    optimizer: the Optax optimizer.
+    optimizer: the Optax optimizer; it is given `frozen` as an extra argument.
     transform: per-example augmentation, or None.
     size: number of real examples in the global batch.
     devices: number of devices.
@@ -216,8 +216,9 @@ def run_step(
   if devices > 1:
     gradients, metrics = jax.lax.pmean((gradients, metrics), _state.DEVICE_AXIS)
     new_state = _mean_state(new_state)
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
+  update = optax.with_extra_args_support(optimizer).update
+  updates, opt_state = update(
+    gradients, state.opt_state, state.params, frozen=frozen
   )
   params = optax.apply_updates(state.params, updates)
   return (

@@ -53,12 +53,16 @@ class TrainResult(NamedTuple):
       `examples_per_second`, and the mean of every metric over the epoch, a
       list with one entry a seed.
     state: the last state of a run that has one, see `train`; else None.
+    opt_state: the last state of the optimizer.
+    trace: every metric at every step that this call made, `[seeds, steps]`.
   """
 
   params: PyTree
   steps: int
   history: list[Record]
-  state: PyTree = None
+  state: PyTree
+  opt_state: PyTree
+  trace: dict[str, np.ndarray]
 
 
 def _num_examples(data: PyTree, axis: int) -> int:
@@ -155,7 +159,9 @@ def train(
     params: floating-point leaves with a leading axis of seeds.
     data: pytree of arrays `[examples, ...]`, a `Replicated`, or a `HostData`,
       which makes them anew for every epoch.
-    optimizer: an `Optimizer`, for instance from `sgd`.
+    optimizer: an `Optimizer`, for instance from `sgd`. A transformation that
+      takes extra arguments (`optax.GradientTransformationExtraArgs`) is given
+      those of `frozen` that belong to the seed, as `frozen`.
     epochs: number of epochs, at least 1.
     batch_size: global batch size, divisible by the number of devices. The
       last, partial batch of an epoch is used.
@@ -184,8 +190,8 @@ def train(
     progress: label of a progress bar, None for none.
 
   Returns:
-    The trained parameters and the state (with the axis of seeds), and the
-    history.
+    The trained parameters and the states (with the axis of seeds), the
+    history and the trace.
 
   Raises:
     TreeMismatchError: the loss's new state differs from the old one in
@@ -243,6 +249,7 @@ def train(
     params, opt_state, jnp.zeros(seeds, jnp.int32), state
   )
   history: list[Record] = []
+  traces: list[dict[str, np.ndarray]] = []
   identity = {
     "examples": plan.examples,
     "batch_size": batch_size,
@@ -292,6 +299,7 @@ def train(
       with jax.transfer_guard("disallow"):
         run_state, metrics = run(run_state, frozen, rows, keys, given.value)
       host = _devices.first_replica(metrics)
+      traces.append(host)
       first_step = epoch * plan.steps
       _check_finite(host["loss"], first_step, optimizer)
       rate = float(optimizer.learning_rate(first_step))
@@ -321,11 +329,17 @@ def train(
       bar.update(seeds * plan.examples)
   if checkpoints is not None:
     checkpoints.wait()
-  params, state = jax.tree.map(
+  params, state, opt_state = jax.tree.map(
     lambda leaf: leaf.addressable_data(0)[0],
-    (run_state.params, run_state.state),
+    (run_state.params, run_state.state, run_state.opt_state),
   )
-  return TrainResult(params, epochs * plan.steps, history, state)
+  trace = {
+    name: np.concatenate([part[name] for part in traces], axis=1)
+    for name in (traces[0] if traces else ())
+  }
+  return TrainResult(
+    params, epochs * plan.steps, history, state, opt_state, trace
+  )
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,76 @@
+"""Sign alignment: the parameters are held at the signs of the start."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge import merging
+from jaxmerge import tree as tree_lib
+from jaxmerge.continual import _problem
+
+PyTree = Any
+_RESETS = ("zero", "global")
+
+
+class Signs(NamedTuple):
+  """How often, and where, the signs of the start are restored.
+
+  Attributes:
+    period: number of steps between two alignments.
+    fraction: the part of the entries, the largest ones of the start, whose
+      signs are held, in (0, 1].
+    reset: what an entry of the other sign becomes: "zero", or "global" for
+      what it was at the start.
+  """
+
+  period: int = 10
+  fraction: float = 0.5
+  reset: str = "zero"
+
+
+def check(signs: Signs) -> None:
+  """Raises ValueError where a setting is out of its range.
+
+  >>> check(Signs())
+  """
+  if signs.period < 1:
+    raise ValueError(f"period must be at least 1 step, got {signs.period}.")
+  if not 0 < signs.fraction <= 1:
+    raise ValueError(f"fraction must lie in (0, 1], got {signs.fraction}.")
+  if signs.reset not in _RESETS:
+    raise ValueError(
+      f"Unknown reset {signs.reset!r}. Choose {' or '.join(_RESETS)}."
+    )
+
+
+def data(
+  problem: _problem.Problem, signs: Signs, start: PyTree, origin: PyTree
+) -> dict[str, PyTree]:
+  """What the alignment of one task's training needs to know.
+
+  Args:
+    problem: the problem.
+    signs: the settings.
+    start: G, where the training starts, leaves with an axis of seeds.
+    origin: what signs are relative to.
+
+  Returns:
+    `sign`, int8, 0 where any will do; `origin`; `value` to reset to.
+  """
+  sign = _problem.per_seed(
+    problem,
+    lambda start, origin: jax.tree.map(
+      lambda kept: jnp.sign(kept).astype(jnp.int8),
+      merging.keep(tree_lib.sub(start, origin), signs.fraction),
+    ),
+    start,
+    origin,
+  )
+  return {
+    "sign": sign,
+    "origin": origin,
+    "value": origin if signs.reset == "zero" else start,
+  }
