@@ -16,11 +16,14 @@ from jaxmerge.continual import (
   streams,
 )
 from jaxmerge.continual._learners import Learner, Rehearsal
+from jaxmerge.continual._path import Path
 from jaxmerge.continual._problem import (
   Problem,
   accuracies,
   make_problem,
 )
+from jaxmerge.continual._projection import Projection
+from jaxmerge.continual._signs import Signs
 from jaxmerge.continual._strategy import (
   Finetune,
   Strategy,
@@ -36,9 +39,12 @@ __all__ = (
   "Finetune",
   "Learner",
   "Merge",
+  "Path",
   "Problem",
+  "Projection",
   "Regularizer",
   "Rehearsal",
+  "Signs",
   "Strategy",
   "StrategyState",
   "Training",

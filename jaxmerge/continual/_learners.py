@@ -14,6 +14,7 @@ import optax
 
 from jaxmerge import models, training
 from jaxmerge.continual import (
+  _examples,
   _gradient,
   _objective,
   _path,
@@ -354,7 +355,7 @@ def run(
     The result, with the axis of seeds.
   """
   plan = _training.plan(settings, rows, last)
-  data, indices = _data(problem, plan.rows, keys, settings.augment)
+  data, indices = _examples.of_run(problem, plan.rows, keys, settings.augment)
   return training.train(
     _objective.loss_fn(problem.logits_fn, terms),
     params,
@@ -370,32 +371,6 @@ def run(
     draw=_draw(terms.replay_batch) if terms.replay_batch else None,
     devices=problem.train.devices,
   )
-
-
-def _data(
-  problem: _problem.Problem,
-  rows: np.ndarray,
-  keys: jax.Array,
-  augmented: bool,
-) -> tuple[Any, np.ndarray]:
-  """The examples of a run, and which of them it goes through."""
-  augment = problem.augment_on_host
-  if augment is None:
-    return problem.train, rows
-  words = np.asarray(jax.random.key_data(keys[0])).tolist()
-  pool = problem.stream.train
-
-  def make(epoch: int) -> dict[str, np.ndarray]:
-    draws = np.random.Generator(np.random.PCG64([*words, epoch]))
-    inputs = augment(rows[0], draws) if augmented else pool["input"][rows[0]]
-    return {
-      "input": inputs,
-      "label": pool["label"][rows[0]],
-      "task": pool["task"][rows[0]],
-    }
-
-  every = np.arange(rows.shape[1], dtype=np.int32)
-  return training.HostData(make, rows.shape[1]), every[None]
 
 
 @dataclasses.dataclass(frozen=True)

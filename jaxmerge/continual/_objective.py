@@ -212,7 +212,7 @@ def _own(
   return losses, hits.astype(jnp.int32) == batch["label"], logits
 
 
-def _batch_mean(values: jax.Array, context: training.Context) -> jax.Array:
+def batch_mean(values: jax.Array, context: training.Context) -> jax.Array:
   """The mean over the global batch, the padding left out."""
   weights = context.weights
   real = jnp.ones(values.shape) if weights is None else weights
@@ -221,7 +221,7 @@ def _batch_mean(values: jax.Array, context: training.Context) -> jax.Array:
   return total / jax.lax.psum(real.sum(), training.DEVICE_AXIS)
 
 
-def _with_gradient(loss: jax.Array, params: PyTree, grads: PyTree) -> jax.Array:
+def with_gradient(loss: jax.Array, params: PyTree, grads: PyTree) -> jax.Array:
   """A scalar of that value whose gradient with respect to params is `grads`."""
   stop = jax.lax.stop_gradient
   product = tree_lib.dot(params, stop(grads))
@@ -291,7 +291,7 @@ def loss_fn(
 
     def mean(params: PyTree) -> jax.Array:
       own = _own(logits_fn, terms, params, context)[0]
-      return _batch_mean(own, context)
+      return batch_mean(own, context)
 
     value, grads = jax.value_and_grad(mean)(params)
     # Of a sum over devices each holds its own part.
@@ -305,7 +305,7 @@ def loss_fn(
     if "quadratic" in terms.names:
       extra, more = jax.value_and_grad(rest)(params, context)
       value, grads = value + extra, tree_lib.add(grads, more)
-    whole = _with_gradient(value, params, grads)
+    whole = with_gradient(value, params, grads)
     return jnp.broadcast_to(whole, losses.shape), metrics, new_state
 
   lora = terms.adapter

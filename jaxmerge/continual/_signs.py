@@ -1,4 +1,8 @@
-"""Sign alignment: the parameters are held at the signs of the start."""
+"""Sign alignment: the parameters are held at the signs of the start.
+
+Reference: Sokar et al., Continual learning in vision-language models via
+aligned model merging, 2025 (https://arxiv.org/abs/2506.03189).
+"""
 
 from __future__ import annotations
 

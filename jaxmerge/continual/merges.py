@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,69 +13,27 @@ import optax
 
 from jaxmerge import alignment, curves, merging
 from jaxmerge import tree as tree_lib
-from jaxmerge.continual import _problem, _training
+from jaxmerge.continual import _merge, _problem, _training
+from jaxmerge.continual._merge import Merge, Step
+from jaxmerge.continual._merge_became import became
+from jaxmerge.continual._merge_trm import COEFFICIENTS, trm
+
+__all__ = (
+  "COEFFICIENTS",
+  "Merge",
+  "Step",
+  "became",
+  "buffer_loss",
+  "by_rule",
+  "curve",
+  "running",
+  "running_regmean",
+  "simplex",
+  "trm",
+)
 
 PyTree = Any
-State = Any
-
-
-class Step(NamedTuple):
-  """What a merge is given after a task.
-
-  Attributes:
-    current: what the strategy has made of the tasks before.
-    expert: the network of this task.
-    task: its number.
-    buffer: int32 `[seeds, n]`, rows of the stored examples, this task's among
-      them; `[seeds, 0]` in a data-free run.
-    anchor: where the last part of the expert's training started.
-    path: snapshots along it, leaves `[seeds, snapshots, ...]`, or None.
-  """
-
-  current: PyTree
-  expert: PyTree
-  task: int
-  buffer: np.ndarray
-  anchor: PyTree = None
-  path: PyTree = None
-
-
-class Merge(NamedTuple):
-  """A merge: pure functions over a state.
-
-  Attributes:
-    name: its name with its options.
-    init: `init(problem) -> state`, before the first task.
-    update: `update(problem, state, step) -> (merged, state)`.
-    needs_replay: whether it looks at stored examples.
-    runs_network: whether it runs the network on data, for which it needs its
-      parameters rather than adapters.
-    needs_path: whether it needs snapshots of the expert's training.
-  """
-
-  name: str
-  init: Callable[[_problem.Problem], State]
-  update: Callable[[_problem.Problem, State, Step], tuple[PyTree, State]]
-  needs_replay: bool = False
-  runs_network: bool = False
-  needs_path: bool = False
-
-
-def _no_state(problem: _problem.Problem) -> State:
-  del problem
-  return {}
-
-
-def _share(weight: str | float, task: int) -> float:
-  """The weight of the new network: a number, or one over the tasks so far."""
-  return 1 / (task + 1) if weight == "1/t" else float(weight)
-
-
-def _check_weight(weight: str | float) -> None:
-  if weight != "1/t" and not (
-    isinstance(weight, (int, float)) and 0 <= weight <= 1
-  ):
-    raise ValueError(f"weight must be '1/t' or lie in [0, 1], got {weight!r}.")
+State = _merge.State
 
 
 def _check_align(align: str | None) -> None:
@@ -151,7 +109,7 @@ def running(
   >>> running().name
   'running(1/t)'
   """
-  _check_weight(weight)
+  _merge.check_weight(weight)
   _check_align(align)
 
   def update(
@@ -160,12 +118,12 @@ def running(
     if step.task == 0:
       return step.expert, state
     expert = _aligned(problem, step, align, options)
-    share = _share(weight, step.task)
+    share = _merge.share(weight, step.task)
     return tree_lib.lerp(step.current, expert, share), state
 
   parts = [str(weight), *([align] if align else [])]
   parts += [f"{name}={value}" for name, value in sorted(options.items())]
-  return Merge(f"running({', '.join(parts)})", _no_state, update)
+  return Merge(f"running({', '.join(parts)})", _merge.no_state, update)
 
 
 def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
@@ -445,7 +403,9 @@ def curve(
 
   parts = [f"t={t}", *([align] if align else [])]
   parts += [f"{name}={value}" for name, value in sorted(options.items())]
-  return Merge(f"curve({', '.join(parts)})", _no_state, update, True, True)
+  return Merge(
+    f"curve({', '.join(parts)})", _merge.no_state, update, True, True
+  )
 
 
 def _best_on(problem: _problem.Problem, path: Any, held: np.ndarray) -> PyTree:

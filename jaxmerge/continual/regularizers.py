@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import merging
 from jaxmerge import tree as tree_lib
-from jaxmerge.continual import _objective, _problem
+from jaxmerge.continual import _fisher, _objective, _problem
 
 PyTree = Any
 State = Any
@@ -110,12 +109,7 @@ def ewc(
     raise ValueError(
       f"decay must lie in (0, 1], and is for online=True alone; got {decay}."
     )
-  if labels not in ("exact", "empirical"):
-    raise ValueError(f"Unknown labels {labels!r}. Choose exact or empirical.")
-  if samples is not None and samples < 1:
-    raise ValueError(f"samples must be at least 1, got {samples}.")
-  if head not in ("all", "seen", "task"):
-    raise ValueError(f"Unknown head {head!r}. Choose all, seen or task.")
+  _fisher.check(samples, labels, head)
 
   def init(problem: _problem.Problem) -> State:
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
@@ -135,19 +129,14 @@ def ewc(
     path: Data | None,
   ) -> State:
     del path
-    own = _problem.own_logits(problem, task, head)
-    batches: list[Any] = [
-      (own.prepare(batch["input"]), own.places[batch["label"]])
-      for batch in problem.batches(task, samples)
-    ]
-    if labels == "exact":
-      batches = [inputs for inputs, _ in batches]
-    fisher = _problem.per_seed(
+    fisher = _fisher.task_fisher(
       problem,
-      lambda params: merging.diagonal_fisher(
-        own.logits_fn, params, batches, labels=labels, chunk_size=chunk_size
-      ),
       params,
+      task,
+      samples=samples,
+      labels=labels,
+      head=head,
+      chunk_size=chunk_size,
     )
     if online:
       precision = jax.tree.map(

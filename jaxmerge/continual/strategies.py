@@ -7,9 +7,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxmerge import merging
+from jaxmerge import merging, models
 from jaxmerge.continual import (
   _learners,
+  _path,
+  _projection,
+  _signs,
   _strategy,
   _training,
   merges,
@@ -22,6 +25,10 @@ Learner = _learners.Learner
 
 _TRAINING = Training()
 _FINETUNE = _strategy.Finetune()
+_PATH = _path.Path()
+_PROJECTION = _projection.Projection()
+_SIGNS = _signs.Signs()
+_LORA = models.Lora(rank=32, alpha=64.0)
 
 
 def naive(training: Training = _TRAINING, head: str = "all") -> Strategy:
@@ -53,21 +60,11 @@ def buffer_only(training: Training = _TRAINING) -> Strategy:
   return _strategy.compose("buffer_only", learner)
 
 
-def _expert(
-  training: Training,
-  sequential: bool,
-  head: str,
-  regularizer: regularizers.Regularizer | None,
-) -> Learner:
-  start = "last" if sequential else "initial"
-  return Learner(training, start=start, head=head, regularizer=regularizer)
-
-
 def merge(
   rule: str,
   training: Training = _TRAINING,
   *,
-  sequential: bool = False,
+  start: str = "initial",
   head: str = "all",
   regularizer: regularizers.Regularizer | None = None,
   finetune: _strategy.Finetune | None = None,
@@ -79,7 +76,7 @@ def merge(
   Args:
     rule: a name of `jaxmerge.merging.names`.
     training: of the networks.
-    sequential: train each from the one before, not from the initial network.
+    start: where their training starts, see `Learner`.
     head: classes that the loss is over, see `Learner`.
     regularizer: of their training.
     finetune: fine-tuning on the buffer after each merge, or None.
@@ -94,7 +91,7 @@ def merge(
   """
   return _strategy.compose(
     rule,
-    _expert(training, sequential, head, regularizer),
+    Learner(training, start=start, head=head, regularizer=regularizer),
     merge=merges.by_rule(rule, samples=samples, **options),
     finetune=finetune,
   )
@@ -108,7 +105,7 @@ def magmax(
   Meant for a pre-trained initial network: from a random one the entry of the
   largest magnitude says little.
   """
-  return merge("magmax", training, sequential=True, scale=scale, **options)
+  return merge("magmax", training, start="last", scale=scale, **options)
 
 
 def avg(
@@ -116,14 +113,18 @@ def avg(
   *,
   weight: str | float = "1/t",
   align: str | None = None,
-  sequential: bool = False,
+  start: str = "initial",
   head: str = "all",
   finetune: _strategy.Finetune | None = None,
 ) -> Strategy:
-  """Running average of networks trained apart; see `running`."""
+  """Running average of the tasks' networks; see `running`.
+
+  They are trained apart, or each from the one before ("last"), or from the
+  average so far ("merged").
+  """
   return _strategy.compose(
     "avg",
-    _expert(training, sequential, head, None),
+    Learner(training, start=start, head=head),
     merge=merges.running(weight, align=align),
     finetune=finetune,
   )
@@ -140,7 +141,7 @@ def mpf(
   curve: Training = _training.CURVE,
   t: str | float = 0.5,
   align: str | None = None,
-  sequential: bool = False,
+  start: str = "initial",
   head: str = "all",
   finetune: _strategy.Finetune | None = None,
   **options: Any,
@@ -148,7 +149,7 @@ def mpf(
   """Mode Path Fusion on the replay buffer, task after task; see `curve`."""
   return _strategy.compose(
     "mpf",
-    _expert(training, sequential, head, None),
+    Learner(training, start=start, head=head),
     merge=merges.curve(curve, t=t, align=align, **options),
     finetune=finetune,
   )
@@ -206,7 +207,7 @@ def simplex(
   """All networks at once, by a Bezier simplex on the buffer."""
   return _strategy.compose(
     "simplex",
-    _expert(training, False, head, None),
+    Learner(training, start="initial", head=head),
     merge=merges.simplex(curve, concentration=concentration),
     finetune=finetune,
   )
@@ -262,6 +263,109 @@ def lwf(
   regularizer = regularizers.lwf(weight, temperature=temperature, over=over)
   learner = Learner(training, head=head, regularizer=regularizer)
   return _strategy.compose("lwf", learner)
+
+
+def trm(
+  training: Training = _TRAINING,
+  *,
+  path: _path.Path = _PATH,
+  coefficients: Training = merges.COEFFICIENTS,
+  head: str = "seen",
+  **options: Any,
+) -> Strategy:
+  """Trajectory regularised merging; see `merges.trm`.
+
+  Each task trains from the merged network, which is all that is held between
+  tasks. jaxmerge's own construction from the abstract of the paper.
+
+  Args:
+    training: of the tasks.
+    path: the snapshots.
+    coefficients: settings of the optimisation of the coefficients.
+    head: classes that the losses are over, see `Learner`.
+    **options: of `merges.trm`.
+
+  Returns:
+    The strategy.
+  """
+  return _strategy.compose(
+    "trm",
+    Learner(training, start="merged", head=head, path=path),
+    merge=merges.trm(coefficients, head=head, **options),
+  )
+
+
+def became(
+  training: Training = _TRAINING,
+  *,
+  projection: _projection.Projection | None = _PROJECTION,
+  head: str = "all",
+  **options: Any,
+) -> Strategy:
+  """Two stages of training, merged by a Bayesian coefficient.
+
+  Args:
+    training: of the second stage, and of the first where its own is None.
+    projection: the first stage; None for none, so that the merge is of the
+      network before the task and the one after it.
+    head: classes that the losses are over, see `Learner`.
+    **options: of `merges.became`.
+
+  Returns:
+    The strategy.
+  """
+  return _strategy.compose(
+    "became",
+    Learner(training, start="merged", head=head, projection=projection),
+    merge=merges.became(head=head, **options),
+  )
+
+
+def gpm(
+  training: Training = _TRAINING,
+  *,
+  projection: _projection.Projection = _PROJECTION,
+  head: str = "all",
+) -> Strategy:
+  """Gradient projection memory; see `Projection`."""
+  projection = projection._replace(release=False)
+  learner = Learner(training, start="last", head=head, projection=projection)
+  return _strategy.compose("gpm", learner)
+
+
+def pam(
+  training: Training = _TRAINING,
+  *,
+  adapter: models.Lora | None = _LORA,
+  signs: _signs.Signs | None = _SIGNS,
+  weight: str | float = 0.5,
+  head: str = "all",
+) -> Strategy:
+  """PAM: a global adapter, averaged with one a task that is held at its signs.
+
+  A copy L of the global adapter G is trained on the task; every so many steps
+  the entries that are among the largest of G, but have another sign in L, are
+  reset; then G becomes the mean of both. Without an adapter the same is done
+  to the network, signs and resets being those of its task vector.
+
+  Args:
+    training: of the tasks.
+    adapter: the adapters' settings; None for the whole network.
+    signs: how signs are held; None for plain averages.
+    weight: of L in the mean, a number or "1/t".
+    head: classes that the losses are over, see `Learner`.
+
+  Returns:
+    The strategy.
+
+  References:
+    Sokar et al., `Continual learning in vision-language models via aligned
+    model merging <https://arxiv.org/abs/2506.03189>`_, 2025
+  """
+  learner = Learner(
+    training, start="merged", head=head, adapter=adapter, signs=signs
+  )
+  return _strategy.compose("pam", learner, merge=merges.running(weight))
 
 
 def er(
@@ -336,11 +440,13 @@ def agem(
 _NAMED: dict[str, Callable[..., Strategy]] = {
   "agem": agem,
   "avg": avg,
+  "became": became,
   "buffer_only": buffer_only,
   "cumulative": cumulative,
   "der": der,
   "er": er,
   "ewc": ewc,
+  "gpm": gpm,
   "independent": independent,
   "joint": joint,
   "lwf": lwf,
@@ -348,9 +454,11 @@ _NAMED: dict[str, Callable[..., Strategy]] = {
   "mpf": mpf,
   "naive": naive,
   "ot": ot,
+  "pam": pam,
   "regmean_replay": regmean_replay,
   "si": si,
   "simplex": simplex,
+  "trm": trm,
 }
 
 

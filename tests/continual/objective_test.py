@@ -66,7 +66,7 @@ class ObjectiveTest(parameterized.TestCase):
       for b in (jnp.ones(()), jnp.full((), 7.0))
     )
     value, found = jax.value_and_grad(
-      lambda params: _objective._with_gradient(
+      lambda params: _objective.with_gradient(
         (params["w"] ** 3).sum(), params, grads
       )
     )(params)
