@@ -58,6 +58,7 @@ class Backbone:
     export: `export(folder, params)`, writes one that has all that other
       libraries need: configuration, tokenizer, frozen parts.
     augment_on_host: see `jaxmerge.continual.Problem`.
+    statistics_fn: see `jaxmerge.continual.Problem`.
   """
 
   params: PyTree
@@ -73,6 +74,7 @@ class Backbone:
   augment_on_host: (
     Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
   ) = None
+  statistics_fn: Callable[[PyTree, Any], jax.Array] | None = None
 
 
 # Models that a Python package holds, too: no hub is needed where it is
@@ -109,10 +111,17 @@ def _num_rows(lengths: np.ndarray, batch: int, length: int) -> int:
   return 1 + math.ceil((lengths.mean() * batch + spread) / length)
 
 
-def _embedder(
+Embed = Callable[[PyTree, jax.Array], jax.Array]
+
+
+def _embedders(
   model: models.Bert, pad_id: int, length: int, lengths: np.ndarray
-) -> Callable[[PyTree, jax.Array], jax.Array]:
-  """`embed(params, ids) -> [b, dim]`, of length 1."""
+) -> tuple[Embed, Embed]:
+  """Two of `embed(params, ids) -> [b, dim]`, of length 1.
+
+  The first one puts several texts into a row where they fit, which is a
+  condition in the program; the second one has none.
+  """
 
   def run(
     params: PyTree, ids: jax.Array, mask: jax.Array | models.Packing
@@ -120,11 +129,14 @@ def _embedder(
     output: Any = model.apply({"params": params}, ids, mask)
     return models.mean_embedding(output.hidden, ids != pad_id)
 
+  def plain(params: PyTree, ids: jax.Array) -> jax.Array:
+    return run(params, ids, ids != pad_id)
+
   def embed(params: PyTree, ids: jax.Array) -> jax.Array:
     mask = ids != pad_id
     rows = _num_rows(lengths, len(ids), length)
     if ids.shape[1] != length or rows > 0.9 * len(ids):
-      return run(params, ids, mask)
+      return plain(params, ids)
     packing = models.pack_texts(mask, rows)
     # A batch that does not fit is computed with its padding.
     return jax.lax.cond(
@@ -133,7 +145,7 @@ def _embedder(
       lambda: run(params, ids, mask),
     )
 
-  return embed
+  return embed, plain
 
 
 def texts(
@@ -200,7 +212,7 @@ def texts(
   names = tuple(name.replace("_", " ") for name in train.class_names)
   count = len(train.labels)
   lengths = data_lib.text_lengths(pool.inputs[:count], pad_id)
-  embed = _embedder(model, pad_id, config.length, lengths)
+  embed, plain = _embedders(model, pad_id, config.length, lengths)
   jitted = jax.jit(embed)
 
   def embed_names(given: list[str]) -> jax.Array:
@@ -213,6 +225,9 @@ def texts(
   def logits_fn(params: PyTree, ids: jax.Array) -> jax.Array:
     return scale * (embed(params, ids) @ head.T)
 
+  def statistics_fn(params: PyTree, ids: jax.Array) -> jax.Array:
+    return scale * (plain(params, ids) @ head.T)
+
   return Backbone(
     params=params,
     logits_fn=logits_fn,
@@ -224,4 +239,5 @@ def texts(
     save=hugging_face.save,
     load=load,
     export=functools.partial(hugging_face.save, source=folder),
+    statistics_fn=statistics_fn,
   )

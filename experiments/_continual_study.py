@@ -86,6 +86,28 @@ def _finetune(label: str, given: dict[str, Any]) -> continual.Finetune:
     ) from error
 
 
+# Options of strategies that are settings of their own.
+_PARTS: dict[str, Any] = {
+  "adapter": models.Lora,
+  "path": continual.Path,
+  "projection": continual.Projection,
+  "signs": continual.Signs,
+}
+
+
+def _part(name: str, make: Any, given: dict[str, Any]) -> Any:
+  """Settings from their entry in a configuration."""
+  given = dict(given)
+  if given.get("training"):
+    given["training"] = settings(f"{name}.training", given["training"])
+  try:
+    return make(**given)
+  except TypeError as error:
+    raise ValueError(
+      f"{name}: {error}. The fields are {', '.join(make._fields)}."
+    ) from error
+
+
 def strategy(
   label: str, row: dict[str, Any], size: int | None
 ) -> continual.Strategy:
@@ -108,9 +130,12 @@ def strategy(
   if "strategy" not in options:
     raise ValueError(f"Row {label} names no strategy: add one.")
   name = options.pop("strategy")
-  for field in ("training", "curve"):
+  for field in ("training", "curve", "coefficients"):
     if field in options:
       options[field] = settings(f"{label}.{field}", options[field])
+  for field, make in _PARTS.items():
+    if options.get(field):
+      options[field] = _part(f"{label}.{field}", make, options[field])
   if options.get("finetune"):
     options["finetune"] = _finetune(label, options["finetune"])
   try:

@@ -410,12 +410,13 @@ class _Projected:
     return (_updates.project(),)
 
 
-def _start(
-  problem: _problem.Problem, learner: Learner, params: PyTree, task: int
+def report_start(
+  learner: Learner, problem: _problem.Problem, start: PyTree, task: int
 ) -> None:
   """Reports the loss and its gradient where a task's training starts."""
   if problem.report is None:
     return
+  params = network(learner, problem, start)
   loss, gradient = _gradient.mean_gradient(problem, params, task, learner.head)
   problem.report(
     "start",
@@ -519,7 +520,6 @@ def learn(
     transform,
     learner.adapter,
   )
-  _start(problem, learner, network(learner, problem, start), task)
   anchor, released = start, True
   # The first task has nothing to spare.
   if learner.projection is not None and (

@@ -47,7 +47,8 @@ class Report(Protocol):
     Args:
       what: what they are of: "start", the loss and the norm of its gradient
         where a task's training starts; "training", every metric at every step;
-        or a merge's name.
+        "seconds" of the "training" and the "merging", compilation included; or
+        a merge's name.
       task: number of the task.
       values: NumPy arrays `[seeds, ...]`, and names.
     """

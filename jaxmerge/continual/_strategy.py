@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -216,6 +217,23 @@ def _check_finetune(finetune: Finetune) -> None:
     raise ValueError(f"soup must be at least 1, got {finetune.soup}.")
 
 
+class _Clock:
+  """Reports the seconds of the parts of a task, where anyone wants to know."""
+
+  def __init__(self, problem: _problem.Problem, task: int) -> None:
+    self._report, self._task = problem.report, task
+    self._begin = time.perf_counter()
+
+  def stop(self, part: str, made: PyTree) -> None:
+    """Reports how long a part took, which ends when this has been made."""
+    if self._report is None:
+      return
+    jax.block_until_ready(made)
+    now = time.perf_counter()
+    seconds, self._begin = now - self._begin, now
+    self._report("seconds", self._task, {part: seconds})
+
+
 def nbytes(tree: PyTree) -> int:
   """Bytes of the leaves of a tree."""
   return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
@@ -328,14 +346,16 @@ def compose(
   def measured(problem: _problem.Problem, task: int) -> bool:
     return learner.rows != "stream" or task == problem.num_tasks - 1
 
+  def start_of(problem: _problem.Problem, state: StrategyState) -> PyTree:
+    return {
+      "initial": lambda: _learners.initial(learner, problem),
+      "last": lambda: state.learner.last,
+      "merged": lambda: state.current,
+    }[learner.start]()
+
   def learned(
     problem: _problem.Problem, state: StrategyState, task: int
   ) -> _learners.Learned:
-    start = {
-      "initial": _learners.initial(learner, problem),
-      "last": state.learner.last,
-      "merged": state.current,
-    }[learner.start]
     rows = (
       np.zeros((problem.num_seeds, 0), np.int32)
       if online
@@ -346,7 +366,7 @@ def compose(
       problem,
       state.learner,
       task,
-      start,
+      start_of(problem, state),
       rows,
       state.buffer if online else None,
     )
@@ -360,6 +380,8 @@ def compose(
     if learner.rows == "buffer" and buffer is not None:
       buffer = _store(problem, buffer, task, state.current)
       state = state._replace(buffer=buffer)
+    _learners.report_start(learner, problem, start_of(problem, state), task)
+    clock = _Clock(problem, task)
     anchor = path = None
     if shared:
       expert, held = problem.once(
@@ -375,6 +397,7 @@ def compose(
       buffer = filled if online else buffer
     if buffer is not None and not online and learner.rows != "buffer":
       buffer = _store(problem, buffer, task, expert)
+    clock.stop("training", expert)
     merged, merge_state = expert, state.merge
     rows = np.zeros((problem.num_seeds, 0), np.int32)
     if not online:
@@ -389,6 +412,7 @@ def compose(
     if finetune is not None and task:
       merged = _finetuned(problem, finetune, merged, expert, task, rows)
     held = _learners.after_merge(learner, problem, held, merged, task)
+    clock.stop("merging", (merged, held))
     experts = state.experts
     if experts is not None:
       experts = jax.tree.map(

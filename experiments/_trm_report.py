@@ -1,0 +1,334 @@
+"""Results of the study of merging without storage: table, pictures, page."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from experiments import _mpf_report, _workdir
+from jaxmerge.continual import metrics
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+# Rows that hold one network between tasks and merge: what TRM is measured by.
+MERGES = (
+  "avg_half",
+  "avg_1_t",
+  "magmax",
+  "became",
+  "became_unprojected",
+  "pam",
+  "pam_network",
+)
+
+_COLUMNS = (
+  ("final_accuracy", "final accuracy %", 100),
+  ("average_accuracy", "after each task %", 100),
+  ("forgetting", "forgetting", 100),
+  ("learning_accuracy", "learning accuracy %", 100),
+  ("start_loss", "loss at the start", 1),
+  ("start_gradient", "gradient norm at the start", 1),
+  ("steps_to_learn", "steps to 90%", 1),
+  ("merging_seconds", "merging s a task", 1),
+  ("merging_share", "of training %", 100),
+)
+
+
+def _later(row: Row, part: str, name: str) -> float | None:
+  """Mean of what the tasks after the first one have reported."""
+  found = [
+    task[part][name] for task in row["tasks"][1:] if name in task.get(part, {})
+  ]
+  return float(np.mean(found)) if found else None
+
+
+def _seconds(row: Row, part: str) -> float | None:
+  """Seconds of a part, a task; the first two tasks compile."""
+  found = [
+    task["seconds"][part]
+    for task in row["tasks"][2:]
+    if part in task.get("seconds", {})
+  ]
+  return float(np.median(found)) if found else None
+
+
+def metrics_of(
+  row: Row, sizes: tuple[int, ...], baseline: np.ndarray
+) -> dict[str, float | None]:
+  """The figures of a row in one class order.
+
+  Args:
+    row: accuracies and what the strategy has reported.
+    sizes: number of examples of each task.
+    baseline: accuracy of the pre-trained network on each task.
+
+  Returns:
+    By name; None for what this row has not.
+  """
+  matrix = np.array(row["accuracy"], np.float64)
+  found: dict[str, float | None] = {}
+  for name, value in metrics.summarize(
+    matrix, sizes=sizes, baseline=baseline
+  ).items():
+    value = np.asarray(value)
+    if value.ndim == 0:
+      found[name] = float(value)
+  found["start_loss"] = _later(row, "start", "loss")
+  found["start_gradient"] = _later(row, "start", "gradient_norm")
+  found["steps_to_learn"] = _later(row, "training", "learned")
+  merging, training = _seconds(row, "merging"), _seconds(row, "training")
+  found["merging_seconds"] = merging
+  found["merging_share"] = (
+    merging / training if merging is not None and training else None
+  )
+  return found
+
+
+def over_orders(
+  entries: list[Row], name: str, factor: float = 1
+) -> tuple[float, float | None] | None:
+  """Mean and sample standard deviation of a figure over the class orders."""
+  values = [one["metrics"].get(name) for one in entries]
+  if any(value is None or np.isnan(value) for value in values):
+    return None
+  array = factor * np.array(values, np.float64)
+  std = float(array.std(ddof=1)) if len(array) > 1 else None
+  return float(array.mean()), std
+
+
+def _networks(results: Results, row: Row) -> str:
+  """What is held between tasks, in networks and in MB."""
+  count = row["memory"]["networks"]
+  whole = 4 * results["num_parameters"]
+  return f"{count / whole:.2f} ({count / 1e6:,.1f} MB)"
+
+
+def table(results: Results) -> str:
+  """Makes the Markdown table of a run.
+
+  Args:
+    results: what results.json holds.
+
+  Returns:
+    The table, one line a row.
+  """
+  config = results["config"]
+  network = config.get("network") or config["model"]["source"]
+  lines = [
+    f"{network} on {config['dataset']}, {config['num_tasks']} tasks,"
+    f" {len(config['orders'])} class orders; accuracy % on the"
+    f" {config['judge']} set among all classes. Hardware:"
+    f" {results['hardware']}.",
+    "",
+    "| row | "
+    + " | ".join(title for _, title, _ in _COLUMNS)
+    + " | networks held |",
+    "|---" * (len(_COLUMNS) + 2) + "|",
+  ]
+  for name, entries in results["rows"].items():
+    cells = [name]
+    for field, _, factor in _COLUMNS:
+      found = over_orders(entries, field, factor)
+      cells.append(_mpf_report.cell(*found) if found else "")
+    cells.append(_networks(results, entries[0]))
+    lines.append("| " + " | ".join(cells) + " |")
+  lines += [
+    "",
+    "Mean ± sample standard deviation over the class orders. Start: the mean"
+    " over the tasks after the first, on 500 examples of the task, over the"
+    " classes of the training's loss. Steps: until the mean accuracy of five"
+    " batches in training is at least 90% of the last. Seconds: the median over"
+    " the tasks after the second, the first two compile.",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, workdir: pathlib.Path) -> None:
+  """Draws accuracy, and the gradient at the start, from task to task."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(
+    1, 2, figsize=(10, 4), layout="constrained"
+  )
+  for name, entries in results["rows"].items():
+    matrices = np.array([one["accuracy"] for one in entries], np.float64)
+    tasks = np.arange(1, matrices.shape[-1] + 1)
+    if not np.isnan(matrices).any():
+      means = metrics.accuracies_over_tasks(100 * matrices).mean(axis=0)
+      left.plot(tasks, means, "o-", ms=3, label=name)
+    norms = [
+      [task["start"]["gradient_norm"] for task in one["tasks"]]
+      for one in entries
+      if len(one["tasks"]) == len(tasks)
+      and all("start" in task for task in one["tasks"])
+    ]
+    if len(norms) == len(entries):
+      right.plot(tasks, np.mean(norms, axis=0), "o-", ms=3, label=name)
+  left.set_xlabel("tasks learned")
+  left.set_ylabel("accuracy on them %")
+  left.legend(fontsize=6, ncols=2)
+  right.set_xlabel("task")
+  right.set_ylabel("gradient norm at its start")
+  right.set_yscale("log")
+  _mpf_report.save_figure(figure, workdir / "tasks.png")
+  pyplot.close(figure)
+
+
+def publish(
+  results: Results, workdir: pathlib.Path, root: pathlib.Path
+) -> None:
+  """Adds a run to the results file; makes the page, and keeps a picture.
+
+  Args:
+    results: what results.json holds.
+    workdir: folder of the run.
+    root: the folder with experiments/ and docs/.
+  """
+  file = root / "experiments/results/trm.json"
+  kept = json.loads(file.read_text()) if file.exists() else {}
+  name = results["config"]["variant"]
+  kept[name] = _without_steps(results)
+  page = render(kept)
+  _workdir.write_json(file, kept)
+  images = root / "docs/images"
+  images.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(workdir / "tasks.png", images / f"trm-{name}.png")
+  _workdir.write_text(root / "docs/results/trm.md", page)
+
+
+def _without_steps(results: Results) -> Results:
+  """The results without what was recorded at every step of a merge."""
+  rows = {}
+  for name, entries in results["rows"].items():
+    rows[name] = [
+      {
+        **one,
+        "tasks": [
+          {
+            part: {
+              key: value
+              for key, value in values.items()
+              if not key.startswith("step/") and key != "coefficients"
+            }
+            for part, values in task.items()
+          }
+          for task in one["tasks"]
+        ],
+      }
+      for one in entries
+    ]
+  return {**results, "rows": rows}
+
+
+def _main_runs(kept: dict[str, Results]) -> dict[str, Results]:
+  return {
+    name: one
+    for name, one in kept.items()
+    if not name.endswith(("-ablations", "-smoke")) and name != "digits"
+  }
+
+
+def summary(kept: dict[str, Results]) -> str:
+  """Final accuracy and forgetting of all settings side by side."""
+  runs = _main_runs(kept)
+  names = list(
+    dict.fromkeys(name for one in runs.values() for name in one["rows"])
+  )
+  lines = [
+    "| row | "
+    + " | ".join(f"{run}: accuracy, forgetting" for run in runs)
+    + " | mean accuracy | mean forgetting |",
+    "|---" * (len(runs) + 3) + "|",
+  ]
+  for name in names:
+    cells, means = [name], []
+    for one in runs.values():
+      entries = one["rows"].get(name, [])
+      pair = [
+        over_orders(entries, field, 100) if entries else None
+        for field in ("final_accuracy", "forgetting")
+      ]
+      cells.append(
+        ", ".join(_mpf_report.cell(*part) if part else "-" for part in pair)
+      )
+      means.append([part[0] if part else np.nan for part in pair])
+    whole = np.array(means).mean(axis=0)
+    cells += ["" if np.isnan(value) else f"{value:.2f}" for value in whole]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def claims(kept: dict[str, Results]) -> str:
+  """The two claims of TRM's abstract, tested in every setting."""
+  lines = [
+    "| setting | against | forgetting, less by | of orders |"
+    " gradient norm at the start, times | of orders |",
+    "|---" * 6 + "|",
+  ]
+  for run, one in _main_runs(kept).items():
+    trm = one["rows"]["trm"]
+    for other in ("naive", "avg_half", "avg_1_t"):
+      entries = one["rows"][other]
+      less = np.array(
+        [
+          100 * (b["metrics"]["forgetting"] - a["metrics"]["forgetting"])
+          for a, b in zip(trm, entries, strict=True)
+        ]
+      )
+      times = np.array(
+        [
+          a["metrics"]["start_gradient"] / b["metrics"]["start_gradient"]
+          for a, b in zip(trm, entries, strict=True)
+        ]
+      )
+      cells = [run, other]
+      for values, least in ((less, 0), (times, 1)):
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        cells.append(_mpf_report.cell(float(values.mean()), std))
+        cells.append(f"{int((values > least).sum())} of {len(values)}")
+      lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def render(kept: dict[str, Results]) -> str:
+  """Makes the page from the finished variants."""
+  lines = [
+    "# Merging without storage",
+    "",
+    "Made by `python -m experiments.trm --publish`; figures from",
+    "`experiments/results/trm.json`, rows and recipes in",
+    "`experiments/configs/trm.py`. No strategy here stores an example.",
+    "",
+    "**What is the paper's, and what is ours.** Of Trajectory Regularized",
+    "Merging the abstract is public: merging is an optimisation in an",
+    "augmented subspace of the training's trajectory, with three objectives",
+    "(task alignment, prediction consistency, gradient responsiveness), to keep",
+    "what was learned and to let the next task begin with gradients that do",
+    "not vanish. The equations, the networks and the settings are not. `trm`",
+    "is jaxmerge's own construction from it (`jaxmerge.continual.merges.trm`);",
+    "the paper's figures (forgetting of 2.5 points on CIFAR-100 and 1.8 on",
+    "ImageNet-R) are of other benchmarks and cannot be compared with these.",
+  ]
+  if _main_runs(kept):
+    lines += ["", summary(kept).rstrip()]
+    lines += [
+      "",
+      "## The abstract's two claims",
+      "",
+      "TRM against sequential fine-tuning and the running averages, class",
+      "order by class order.",
+      "",
+      claims(kept).rstrip(),
+    ]
+  for name, results in kept.items():
+    lines += ["", f"## {name}", "", table(results).rstrip()]
+    lines += ["", f"![{name}](../images/trm-{name}.png)"]
+  return "\n".join(lines) + "\n"
