@@ -1,0 +1,130 @@
+"""Tests of subspaces of a parameter space."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from jaxmerge.continual import _subspace
+
+PARAMS = {
+  "layer_0": {"bias": np.zeros(3), "kernel": np.zeros((4, 3))},
+  "head": {"kernel": np.zeros((3, 2))},
+}
+
+
+def _tree(draws):
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(draws.normal(size=leaf.shape), jnp.float32), PARAMS
+  )
+
+
+def _flat(tree):
+  return np.concatenate(
+    [np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(tree)]
+  )
+
+
+def _row(tree, number):
+  return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+class SubspaceTest(parameterized.TestCase):
+  def test_gram_schmidt_is_qr(self):
+    vectors = np.random.default_rng(0).normal(size=(4, 9))
+    found = _subspace.gram_schmidt(vectors @ vectors.T, 1e-3) @ vectors
+    q, r = np.linalg.qr(vectors.T)
+    np.testing.assert_allclose(found, (q * np.sign(np.diag(r))).T, atol=1e-10)
+
+  @parameterized.parameters((0.05, True), (0.2, False))
+  def test_what_is_left_of_a_vector_decides(self, tolerance, kept):
+    # The second one leaves a tenth of its length.
+    vectors = np.array([[1.0, 0.0], [np.sqrt(0.99), 0.1]])
+    found = _subspace.gram_schmidt(vectors @ vectors.T, tolerance)
+    self.assertEqual(bool(np.abs(found[1]).sum() > 0), kept)
+
+  def test_span_in_one_group(self):
+    draws = np.random.default_rng(1)
+    origin = _tree(draws)
+    directions = [_tree(draws) for _ in range(3)]
+    directions.append(
+      jax.tree.map(lambda a, b: a - 2 * b, directions[0], directions[2])
+    )
+    groups = (0, 0, 0)
+    space = _subspace.span(groups, origin, directions)
+    rows = np.stack([_flat(_row(space.basis, i)) for i in range(4)])
+    length = np.linalg.norm(_flat(directions[0]))
+    np.testing.assert_allclose(
+      rows @ rows.T, length**2 * np.diag([1, 1, 1, 0]), atol=1e-4
+    )
+    np.testing.assert_allclose(rows[0], _flat(directions[0]), rtol=1e-5)
+    np.testing.assert_array_equal(space.rows, [[True, True, True, False]])
+    # They span what was given.
+    _, residuals, _, _ = np.linalg.lstsq(rows[:3].T, _flat(directions[2]))
+    np.testing.assert_allclose(residuals, 0, atol=1e-8)
+
+  def test_nearly_parallel_directions(self):
+    draws = np.random.default_rng(2)
+    first = _tree(draws)
+    near = jax.tree.map(lambda a, b: a + 0.05 * b, first, _tree(draws))
+    space = _subspace.span((0, 0, 0), first, [first, near])
+    rows = np.stack([_flat(_row(space.basis, i)) for i in range(2)])
+    square = _flat(first) @ _flat(first)
+    np.testing.assert_allclose(rows @ rows.T / square, np.eye(2), atol=1e-6)
+
+  def test_groups(self):
+    names = _subspace.group_names(PARAMS, "layer")
+    self.assertEqual(names, ("head", "layer_0", "layer_0"))
+    self.assertEqual(_subspace.group_names(PARAMS, "global"), ("all",) * 3)
+    leaves = _subspace.group_names(PARAMS, "leaf")
+    self.assertEqual(leaves, ("head/kernel", "layer_0/bias", "layer_0/kernel"))
+    deep = {"encoder": {"layer": {"1": {"out": {"bias": 0.0}}}, "norm": 0.0}}
+    self.assertEqual(
+      _subspace.group_names(deep, "layer"), ("encoder/layer/1", "encoder")
+    )
+    groups = _subspace.group_numbers(names)
+    self.assertEqual(groups, (0, 1, 1))
+    draws = np.random.default_rng(3)
+    origin, *directions = (_tree(draws) for _ in range(3))
+    space = _subspace.span(groups, origin, directions)
+    head = np.asarray(space.basis["head"]["kernel"]).reshape(2, -1)
+    square = np.square(np.asarray(directions[0]["head"]["kernel"])).sum()
+    np.testing.assert_allclose(head @ head.T, square * np.eye(2), atol=1e-4)
+    coefficients = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    moved = _subspace.moved(groups, space, coefficients)
+    np.testing.assert_allclose(
+      moved["head"]["kernel"],
+      origin["head"]["kernel"] + directions[0]["head"]["kernel"],
+      rtol=1e-5,
+    )
+    np.testing.assert_array_equal(
+      moved["layer_0"]["bias"], origin["layer_0"]["bias"]
+    )
+
+  def test_coordinates_are_the_gradient(self):
+    draws = np.random.default_rng(4)
+    groups = (0, 1, 1)
+    origin, *directions = (_tree(draws) for _ in range(4))
+    space = _subspace.span(groups, origin, directions)
+
+    def value(params):
+      return sum((leaf**3).sum() for leaf in jax.tree.leaves(params))
+
+    start = jnp.asarray(draws.normal(size=(2, 3)), jnp.float32)
+    expected = jax.grad(lambda a: value(_subspace.moved(groups, space, a)))(
+      start
+    )
+    gradient = jax.grad(value)(_subspace.moved(groups, space, start))
+    np.testing.assert_allclose(
+      _subspace.coordinates(groups, space.basis, gradient), expected, rtol=1e-4
+    )
+
+  def test_unknown_granularity(self):
+    with self.assertRaisesRegex(ValueError, "granularity 'block'.*leaf"):
+      _subspace.group_names(PARAMS, "block")
+
+
+if __name__ == "__main__":
+  absltest.main()
