@@ -107,6 +107,10 @@ from jaxmerge.merging._task_arithmetic import (
 )
 from jaxmerge.merging._ties import ties, ties_method
 from jaxmerge.merging._tsv import tsv_merge, tsv_merge_method
+from jaxmerge.merging._tunable_magmax import (
+  tunable_magmax,
+  tunable_magmax_method,
+)
 
 __all__ = (
   "AdaMergingInfo",
@@ -194,6 +198,8 @@ __all__ = (
   "ties_method",
   "tsv_merge",
   "tsv_merge_method",
+  "tunable_magmax",
+  "tunable_magmax_method",
   "update_consistency",
   "weighted_average",
 )
