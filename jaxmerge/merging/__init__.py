@@ -82,6 +82,7 @@ from jaxmerge.merging._passthrough import (
   passthrough,
   passthrough_method,
 )
+from jaxmerge.merging._preferences import task_preferences
 from jaxmerge.merging._registry import (
   MethodInfo,
   RegisteredMethod,
@@ -193,6 +194,7 @@ __all__ = (
   "tall_masks",
   "task_arithmetic",
   "task_arithmetic_method",
+  "task_preferences",
   "task_vector",
   "ties",
   "ties_method",
