@@ -212,7 +212,8 @@ def _checked(preferences: Any) -> Any:
       "preferences must be a sequence with one number for each model; got"
       f" {preferences!r}"
     )
-  for one in jax.tree.leaves(preferences):
+  found = jax.tree.leaves(preferences)
+  for one in found:
     if _values.is_traced(one):
       raise ValueError(
         "preferences must be numbers, not traced values: how many entries each"
@@ -225,6 +226,10 @@ def _checked(preferences: Any) -> Any:
         f"preferences must be finite and not negative; got {one}; give 0 to a"
         " model that is to have no share"
       )
+  if found and not any(np.any(one) for one in found):
+    raise ValueError(
+      "preferences are all zero; give at least one model a share"
+    )
   # Within a transformation, entries of an array of JAX would be traced.
   return np.asarray(preferences) if is_array else preferences
 

@@ -342,9 +342,12 @@ class EngineTest(_merging.MergingTest):
     )
     for name, array in found.items():
       np.testing.assert_allclose(array, wanted[name], rtol=1e-6, err_msg=name)
-    for weight, message in ((-1, "not negative; got -1"), (0, "all zero")):
-      recipe = self.of("tunable_magmax", "ab", "base", weight=weight)
-      self.assert_refused(recipe, f".*preferences .*{message}")
+
+  @parameterized.parameters((-1, "not negative; got -1"), (0, "all zero"))
+  def test_wrong_preferences(self, weight, message):
+    self._models(2)
+    recipe = self.of("tunable_magmax", "ab", "base", weight=weight)
+    self.assert_refused(recipe, f"preferences .*{message}")
 
   # Dtypes and shapes.
 
