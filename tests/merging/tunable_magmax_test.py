@@ -86,24 +86,28 @@ class AssignmentTest(parameterized.TestCase):
       (8, 1, 1, 1, 1),
       (1, 1, 1, 1, 8),
       (3, 0, 1, 0, 5),
+      # More than a word has bits.
+      tuple(range(40)),
+      (*range(35, 0, -1), 90),
     ],
     growing=[0.0, 0.3],
   )
   def test_follows_the_definition(self, preferences, growing):
-    taus = _magnitudes(5, growing=growing)
+    count = len(preferences)
+    taus = _magnitudes(count, growing=growing)
     wanted = _quotas(taus[0].size, preferences)
     quotas = jnp.asarray(wanted, jnp.uint32)
     base, leaves = jnp.zeros(SHAPE), [jnp.asarray(tau) for tau in taus]
     words = _tunable_magmax._records(base, leaves)
     start = np.asarray(_tunable_magmax._owners(words))
     np.testing.assert_array_equal(start, np.abs(taus).argmax(axis=0))
-    words = _tunable_magmax._drop_surplus(words, 5, quotas, KEY)
+    words = _tunable_magmax._drop_surplus(words, count, quotas, KEY)
     dropped = np.asarray(_tunable_magmax._owners(words))
     # Each entry goes down the tasks that are the largest of all up to them,
     # and a task keeps what it has, or its quota.
     moved = 0
     active = np.ones(SHAPE, bool)
-    for task in range(4, 0, -1):
+    for task in range(count - 1, 0, -1):
       mine = active & (_largest(taus, task) == task)
       kept = mine & (dropped == task)
       np.testing.assert_array_equal(dropped == task, kept)
@@ -117,7 +121,7 @@ class AssignmentTest(parameterized.TestCase):
     np.testing.assert_array_equal(final[final != dropped] > 0, True)
     np.testing.assert_array_equal(dropped[final != dropped], 0)
     np.testing.assert_array_equal(
-      np.bincount(final.ravel(), minlength=5), wanted
+      np.bincount(final.ravel(), minlength=count), wanted
     )
 
   def test_more_tasks_than_a_word_has_bits(self):
@@ -157,15 +161,14 @@ class AssignmentTest(parameterized.TestCase):
     self.assertFalse((other["w"] == want["w"]).all())
 
   def test_ties_go_to_the_later_task(self):
-    taus = np.asarray([[3, 2, 1, 1], [-3, -2, 2, 3]], np.float32)
-    # The second has all; two are dropped, the others kept.
-    owner = _owners(taus, _merge(taus))
-    self.assertEqual(owner.sum(), 2)
-    np.testing.assert_array_equal(_merge(taus, [0, 1]), taus[1])
-    want = merging.magmax(
-      {"w": jnp.zeros(4)}, [{"w": jnp.asarray(tau)} for tau in taus], scale=1.0
-    )
-    np.testing.assert_array_equal(_merge(taus, [0, 1]), want["w"])
+    # The first is larger on the left, and none elsewhere.
+    first = np.concatenate([np.full(20, 3.0), np.arange(20.0)])
+    second = np.concatenate([np.ones(20), -np.arange(20.0)])
+    taus = np.stack([first, second]).astype(np.float32)
+    models = [{"w": jnp.asarray(tau)} for tau in taus]
+    want = merging.magmax({"w": jnp.zeros(40)}, models, scale=1.0)["w"]
+    np.testing.assert_array_equal(want, [*first[:20], *second[20:]])
+    np.testing.assert_array_equal(_merge(taus), want)
 
   @parameterized.product(task=[0, 1, 2, 3], dtype=["float32", "bfloat16"])
   def test_one_task_alone(self, task, dtype):
@@ -213,6 +216,17 @@ class RandomnessTest(parameterized.TestCase):
       for part in (marks[:50], marks[:, :60], marks[::2], marks.T[::4]):
         deviation = np.sqrt(share * (1 - share) / part.size)
         self.assertLess(abs(part.mean() - share), 5 * deviation)
+
+  def test_what_a_task_was_handed_is_dropped_like_its_own(self):
+    shape = (100, 120)
+    taus = np.stack([np.full(shape, value) for value in (1.0, 2.0, 3.0)])
+    taus[2, :, 60:] = 0.5
+    owner = _owners(taus, _merge(taus, [2, 1, 1]))
+    # Half of the left is handed to the second, which keeps a third of all.
+    left = owner[:, :60]
+    self.assertEqual((left == 2).sum(), 3000)
+    share = (left[left < 2] == 1).mean()
+    self.assertLess(abs(share - 1 / 3), 5 * np.sqrt(2 / 9 / 3000))
 
   def test_what_the_first_has_too_much_is_shared_out_at_random(self):
     shape = (100, 120)
