@@ -45,7 +45,9 @@ def task_preferences(
     them, evenly spaced).
   * ``"ot"``: the Sinkhorn divergence :math:`D_i = \mathrm{OT}_\epsilon(x, y) -
     \frac12 \mathrm{OT}_\epsilon(x, x) - \frac12 \mathrm{OT}_\epsilon(y, y)` for
-    squared distances, by ott-jax.
+    squared distances, by ott-jax. In many dimensions samples are far apart
+    whatever they are drawn from, so that all sources look alike: take a larger
+    ``epsilon``, a smaller temperature, or fewer features.
   * ``"labels"``: there is no distance. With the share :math:`p(c)` of label c
     in the target's data, and :math:`q_i(c)` in the task's,
     :math:`w_i = \sum_c p(c)\, q_i(c) / \sum_j q_j(c)` over the labels that some

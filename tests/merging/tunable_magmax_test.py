@@ -13,7 +13,12 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
 from jaxmerge import merging
-from jaxmerge.merging import _choice, _gathered, _tunable_magmax
+from jaxmerge.merging import (
+  _choice,
+  _gathered,
+  _quota_assignment,
+  _tunable_magmax,
+)
 
 KEY = jax.random.key(0)
 SHAPE = (12, 25)
@@ -98,11 +103,11 @@ class AssignmentTest(parameterized.TestCase):
     wanted = _quotas(taus[0].size, preferences)
     quotas = jnp.asarray(wanted, jnp.uint32)
     base, leaves = jnp.zeros(SHAPE), [jnp.asarray(tau) for tau in taus]
-    words = _tunable_magmax._records(base, leaves)
-    start = np.asarray(_tunable_magmax._owners(words))
+    words = _quota_assignment._records(base, leaves)
+    start = np.asarray(_quota_assignment._owners(words))
     np.testing.assert_array_equal(start, np.abs(taus).argmax(axis=0))
-    words = _tunable_magmax._drop_surplus(words, count, quotas, KEY)
-    dropped = np.asarray(_tunable_magmax._owners(words))
+    words = _quota_assignment._drop_surplus(words, count, quotas, KEY)
+    dropped = np.asarray(_quota_assignment._owners(words))
     # Each entry goes down the tasks that are the largest of all up to them,
     # and a task keeps what it has, or its quota.
     moved = 0
@@ -117,7 +122,7 @@ class AssignmentTest(parameterized.TestCase):
     self.assertGreater(moved, 0)
     np.testing.assert_array_equal(dropped == 0, active)
     # Only the first task gives now.
-    final = np.asarray(_tunable_magmax.assign(base, leaves, quotas, KEY))
+    final = np.asarray(_quota_assignment.assign(base, leaves, quotas, KEY))
     np.testing.assert_array_equal(final[final != dropped] > 0, True)
     np.testing.assert_array_equal(dropped[final != dropped], 0)
     np.testing.assert_array_equal(
