@@ -82,6 +82,7 @@ from jaxmerge.merging._passthrough import (
   passthrough,
   passthrough_method,
 )
+from jaxmerge.merging._preferences import task_preferences
 from jaxmerge.merging._registry import (
   MethodInfo,
   RegisteredMethod,
@@ -107,6 +108,10 @@ from jaxmerge.merging._task_arithmetic import (
 )
 from jaxmerge.merging._ties import ties, ties_method
 from jaxmerge.merging._tsv import tsv_merge, tsv_merge_method
+from jaxmerge.merging._tunable_magmax import (
+  tunable_magmax,
+  tunable_magmax_method,
+)
 
 __all__ = (
   "AdaMergingInfo",
@@ -189,11 +194,14 @@ __all__ = (
   "tall_masks",
   "task_arithmetic",
   "task_arithmetic_method",
+  "task_preferences",
   "task_vector",
   "ties",
   "ties_method",
   "tsv_merge",
   "tsv_merge_method",
+  "tunable_magmax",
+  "tunable_magmax_method",
   "update_consistency",
   "weighted_average",
 )

@@ -33,6 +33,7 @@ from jaxmerge.merging import (
   _task_arithmetic,
   _ties,
   _tsv,
+  _tunable_magmax,
   _weights,
 )
 
@@ -227,6 +228,12 @@ _ENTRIES: dict[str, _Entry] = {
     leafwise=lambda options: options["scope"] == "leaf",
   ),
   "tsv_merge": _Entry(_tsv.tsv_merge, _tsv.tsv_merge_method, streams=False),
+  "tunable_magmax": _Entry(
+    _tunable_magmax.tunable_magmax,
+    _tunable_magmax.tunable_magmax_method,
+    streams=False,
+    takes_weights=False,
+  ),
   "weighted_average": _FREE._replace(
     merge=_average.weighted_average, needs_weights=True
   ),

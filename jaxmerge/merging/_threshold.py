@@ -100,7 +100,19 @@ def kth_largest_bits(leaves: Sequence[Array], k: Array) -> Array:
   """
   sizes = [jnp.abs(leaf).dtype.itemsize for leaf in leaves]
   widest = jnp.dtype(f"uint{8 * max(4, *sizes)}")
-  bits = [magnitude_bits(leaf, widest) for leaf in leaves]
+  return kth_largest([magnitude_bits(leaf, widest) for leaf in leaves], k)
+
+
+def kth_largest(bits: Sequence[Array], k: Array) -> Array:
+  """The k-th largest of unsigned integers; see `kth_largest_bits`.
+
+  Args:
+    bits: Arrays of one dtype, uint32 or uint64, whose highest bit is not set.
+    k: Which one, from 1; 0 gives more than any of them.
+
+  Returns:
+    The integer.
+  """
   dtype = bits[0].dtype
   # The sign's bit is never set.
   width = 8 * dtype.itemsize - 1

@@ -221,6 +221,15 @@ def _arithmetic_method(
   )
 
 
+def _tunable_magmax(
+  values: Values, of_models: Sequence[Values], base: bool
+) -> Call:
+  del base
+  # Shares of the entries, which no task vector is multiplied by.
+  shares = list(_column(of_models, "weight"))
+  return Call(merging.get("tunable_magmax", preferences=shares, **values))
+
+
 def _from_registry(name: str) -> Method:
   """A method that recipes know by its own name and options."""
   info = merging.info(name)
@@ -344,6 +353,16 @@ _OWN = [
     1,
     1,
     _passthrough,
+  ),
+  Method(
+    "tunable_magmax",
+    "Each entry from one task, the more the larger its weight.",
+    {"scale": 0.5},
+    {"weight": 1.0},
+    "needed",
+    1,
+    None,
+    _tunable_magmax,
   ),
   _arithmetic_method("task_arithmetic", "Weighted sum of task vectors.", ""),
   _arithmetic_method(

@@ -78,6 +78,8 @@ def _cases():
     ("ties", True, False, {"elect": "count", "merge": "sum"}),
     ("ties", True, False, {"merge": "max", "zero_sign": "positive"}),
     ("tsv_merge", True, False, {}),
+    ("tunable_magmax", False, True, {"scale": 1.0}),
+    ("tunable_magmax", False, False, {"preferences": (0.5, 0.2, 0.3)}),
     ("weighted_average", True, True, {}),
   ):
     label = "_".join([name, *(str(value) for value in options.values())])

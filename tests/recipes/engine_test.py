@@ -184,8 +184,11 @@ _CASES = (
   ("max_abs", {}, {}, "max_abs", {}, True, 3),
   ("tsv_merge", {}, {}, "tsv_merge", {}, True, 3),
 )
-# Drawn block by block, or copied: below.
-_OTHERS = ("dare_linear", "dare_ties", "passthrough", "random_mix")
+# Drawn block by block, copied, or without weights of its own: below.
+_OTHERS = (
+  *("dare_linear", "dare_ties", "passthrough", "random_mix"),
+  "tunable_magmax",
+)
 _WEIGHTS = (0.5, 1.5, 0.7)
 
 
@@ -329,6 +332,22 @@ class EngineTest(_merging.MergingTest):
     found = self.merge(recipe)["w"]
     for value in (1, 2, 3):
       self.assertAlmostEqual((found == value).mean(), 1 / 3, delta=0.03)
+
+  def test_weights_of_tunable_magmax_are_preferences(self):
+    base, models = self._models(3)
+    recipe = self._recipe("tunable_magmax", 3, "base", {"scale": 0.7}, {})
+    found = self.merge({**recipe, "seed": 3})
+    wanted = merging.tunable_magmax(
+      base, models, jax.random.key(3), preferences=_WEIGHTS, scale=0.7
+    )
+    for name, array in found.items():
+      np.testing.assert_allclose(array, wanted[name], rtol=1e-6, err_msg=name)
+
+  @parameterized.parameters((-1, "not negative; got -1"), (0, "all zero"))
+  def test_wrong_preferences(self, weight, message):
+    self._models(2)
+    recipe = self.of("tunable_magmax", "ab", "base", weight=weight)
+    self.assert_refused(recipe, f"preferences .*{message}")
 
   # Dtypes and shapes.
 
