@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.continual import _problem
@@ -72,3 +74,24 @@ def check_weight(weight: str | float) -> None:
     isinstance(weight, (int, float)) and 0 <= weight <= 1
   ):
     raise ValueError(f"weight must be '1/t' or lie in [0, 1], got {weight!r}.")
+
+
+def no_experts(problem: _problem.Problem) -> PyTree:
+  """Room for the networks of all tasks, `[seeds, tasks, ...]`."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(
+      (len(leaf), problem.num_tasks, *leaf.shape[1:]), leaf.dtype
+    ),
+    problem.params,
+  )
+
+
+def with_expert(held: PyTree, step: Step) -> tuple[PyTree, list[PyTree]]:
+  """The networks held with one more, and those so far as a list."""
+  held = jax.tree.map(
+    lambda all_of, one: all_of.at[:, step.task].set(one), held, step.expert
+  )
+  return held, [
+    jax.tree.map(lambda leaf, t=t: leaf[:, t], held)
+    for t in range(step.task + 1)
+  ]

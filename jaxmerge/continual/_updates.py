@@ -101,18 +101,27 @@ def keep_steps(steps: tuple[int, ...]) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The spacing to begin with, as a part of the first step's norm: what the
-# warm-up or the decay of the rate make of it, doubling it mends.
+# The spacing to begin with, as a part of the first step's norm.
 _FIRST = 0.25
+
+
+def _bins(marks: jax.Array, spacing: jax.Array) -> jax.Array:
+  return jnp.floor(marks / jnp.where(spacing > 0, spacing, 1.0))
+
+
+def _first_of_bins(marks: jax.Array, spacing: jax.Array) -> jax.Array:
+  """Whether each mark is the first one in its piece of the way."""
+  before = jnp.where(marks[None] < marks[:, None], marks[None], -spacing)
+  return _bins(marks, spacing) > _bins(before.max(axis=1), spacing)
 
 
 @functools.lru_cache(maxsize=16)
 def keep_distances(slots: int) -> optax.GradientTransformationExtraArgs:
   """Keeps snapshots of the parameters, evenly spaced along the way.
 
-  How long the way will be is not known beforehand. So snapshots are taken a
-  spacing apart, and when the slots are full, every second is dropped and the
-  spacing doubled.
+  How long the way will be is not known beforehand. So it is cut into pieces of
+  one length, and the first snapshot in each is kept; when the slots are full,
+  the pieces are made so long that half of the slots have room for all of them.
 
   Args:
     slots: number of slots, at least 4.
@@ -134,17 +143,17 @@ def keep_distances(slots: int) -> optax.GradientTransformationExtraArgs:
       state.spacing == 0, _FIRST * (state.length - before), state.spacing
     )
     last = jnp.where(jnp.isfinite(state.marks), state.marks, 0.0).max()
-    due = (spacing > 0) & (state.length >= last + spacing)
+    due = (spacing > 0) & (_bins(state.length, spacing) > _bins(last, spacing))
     marks = jnp.where(
       due, state.marks.at[state.slot].set(state.length), state.marks
     )
     full = jnp.isfinite(marks).all()
-    # From the newest on, every second.
-    rank = (marks[None] > marks[:, None]).sum(axis=1)
-    marks = jnp.where(full & (rank % 2 == 1), jnp.inf, marks)
+    spacing = jnp.where(full, 2 * state.length / slots, spacing)
+    kept = _first_of_bins(marks, spacing) | ~full
+    marks = jnp.where(kept, marks, jnp.inf)
     free = jnp.argmax(jnp.isinf(marks)).astype(jnp.int32)
     return updates, state._replace(
-      spacing=jnp.where(full, 2 * spacing, spacing),
+      spacing=spacing,
       marks=marks,
       slot=jnp.where(due, free, state.slot),
     )

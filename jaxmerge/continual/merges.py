@@ -17,6 +17,7 @@ from jaxmerge.continual import _merge, _problem, _training
 from jaxmerge.continual._merge import Merge, Step
 from jaxmerge.continual._merge_became import became
 from jaxmerge.continual._merge_trm import COEFFICIENTS, trm
+from jaxmerge.continual._merge_tunable import tunable_magmax
 
 __all__ = (
   "COEFFICIENTS",
@@ -30,6 +31,7 @@ __all__ = (
   "running_regmean",
   "simplex",
   "trm",
+  "tunable_magmax",
 )
 
 PyTree = Any
@@ -62,27 +64,6 @@ def _aligned(
     )[0]
 
   return _problem.per_seed(problem, one, step.current, step.expert)
-
-
-def _no_experts(problem: _problem.Problem) -> PyTree:
-  """Room for the networks of all tasks, `[seeds, tasks, ...]`."""
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(
-      (len(leaf), problem.num_tasks, *leaf.shape[1:]), leaf.dtype
-    ),
-    problem.params,
-  )
-
-
-def _with_expert(held: PyTree, step: Step) -> tuple[PyTree, list[PyTree]]:
-  """The networks held with one more, and those so far as a list."""
-  held = jax.tree.map(
-    lambda all_of, one: all_of.at[:, step.task].set(one), held, step.expert
-  )
-  return held, [
-    jax.tree.map(lambda leaf, t=t: leaf[:, t], held)
-    for t in range(step.task + 1)
-  ]
 
 
 def running(
@@ -170,7 +151,7 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
 
   def init(problem: _problem.Problem) -> State:
     if not rule.info.streams:
-      return {"experts": _no_experts(problem)}
+      return {"experts": _merge.no_experts(problem)}
     start = triple(problem, 0).init
     return {"rule": _problem.per_seed(problem, start, problem.params)}
 
@@ -195,7 +176,7 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
   ) -> tuple[PyTree, State]:
     if rule.info.streams:
       return stream(problem, state, step)
-    held, models = _with_expert(state["experts"], step)
+    held, models = _merge.with_expert(state["experts"], step)
     state = {"experts": held}
     if len(models) < rule.info.min_models:
       return step.expert, state
@@ -469,12 +450,12 @@ def simplex(
     raise ValueError(f"concentration must be positive, got {concentration}.")
 
   def init(problem: _problem.Problem) -> State:
-    return {"experts": _no_experts(problem)}
+    return {"experts": _merge.no_experts(problem)}
 
   def update(
     problem: _problem.Problem, state: State, step: Step
   ) -> tuple[PyTree, State]:
-    held, models = _with_expert(state["experts"], step)
+    held, models = _merge.with_expert(state["experts"], step)
     state = {"experts": held}
     if step.task == 0:
       return step.expert, state

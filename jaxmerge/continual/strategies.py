@@ -108,6 +108,31 @@ def magmax(
   return merge("magmax", training, start="last", scale=scale, **options)
 
 
+def tunable_magmax(
+  training: Training = _TRAINING,
+  *,
+  start: str = "last",
+  head: str = "all",
+  **options: Any,
+) -> Strategy:
+  """MagMax by preferences of tasks; see `merges.tunable_magmax`.
+
+  Args:
+    training: of the networks.
+    start: where their training starts, see `Learner`.
+    head: classes that the losses are over.
+    **options: of `merges.tunable_magmax`.
+
+  Returns:
+    The strategy.
+  """
+  return _strategy.compose(
+    "tunable_magmax",
+    Learner(training, start=start, head=head),
+    merge=merges.tunable_magmax(**options),
+  )
+
+
 def avg(
   training: Training = _TRAINING,
   *,
@@ -459,6 +484,7 @@ _NAMED: dict[str, Callable[..., Strategy]] = {
   "si": si,
   "simplex": simplex,
   "trm": trm,
+  "tunable_magmax": tunable_magmax,
 }
 
 

@@ -1,0 +1,533 @@
+"""Tests of BECAME, gradient projection memory, PAM and Tunable MagMax."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from scipy import optimize
+
+from jaxmerge import continual, merging, models
+from jaxmerge.continual import (
+  _merge_became,
+  _projection,
+  _signs,
+  merges,
+  strategies,
+)
+from tests.continual import _problems
+from tests.continual._problems import STEPS, Training
+
+BRIEF = Training(0.05, epochs=2, batch_size=8)
+LORA = models.Lora(rank=2, alpha=4.0, targets="kernel")
+Projection = continual.Projection
+
+
+@functools.cache
+def _problem(hidden=True):
+  return _problems.problem(hidden=hidden, capacity=0)
+
+
+def _reported(problem):
+  found = {}
+
+  def report(what, task, values):
+    found.setdefault((what, task), {}).update(values)
+
+  return dataclasses.replace(problem, report=report), found
+
+
+def _kernel(tree, seed=0, name="out"):
+  return np.asarray(tree[name]["kernel"][seed], np.float64)
+
+
+class BecameTest(parameterized.TestCase):
+  def test_coefficient_minimises_the_sum_of_quadratics(self):
+    draws = np.random.default_rng(0)
+    anchor, expert = draws.normal(size=(2, 8))
+    new, old = draws.uniform(0.1, 2, size=(2, 8))
+
+    def loss(share):
+      point = anchor + share * (expert - anchor)
+      return (new * (point - expert) ** 2 + old * (point - anchor) ** 2).sum()
+
+    best = optimize.minimize_scalar(loss, bounds=(0, 1), method="bounded")
+    found = _merge_became.became_coefficient(
+      {"w": jnp.asarray(expert - anchor, jnp.float32)},
+      {"w": jnp.asarray(new, jnp.float32)},
+      {"w": jnp.asarray(old, jnp.float32)},
+    )
+    np.testing.assert_allclose(found, best.x, atol=1e-5)
+
+  @parameterized.product(reduction=("mean", "sum"), projected=(False, True))
+  def test_merge(self, reduction, projected):
+    problem, told = _reported(_problem())
+    merge = merges.became(reduction=reduction, labels="empirical", samples=16)
+    draws = np.random.default_rng(1)
+
+    def near(leaf):
+      noise = draws.normal(size=leaf.shape)
+      return leaf + jnp.asarray(0.2 * noise, jnp.float32)
+
+    state = merge.init(problem)
+    rows = np.zeros((2, 0), np.int32)
+    first = jax.tree.map(near, problem.params)
+    merged, state = merge.update(
+      problem, state, merges.Step(problem.params, first, 0, rows, first)
+    )
+    chex.assert_trees_all_equal(merged, first)
+    self.assertNotIn(("became", 0), told)
+    anchor = jax.tree.map(near, first) if projected else first
+    expert = jax.tree.map(near, anchor)
+    merged, after = merge.update(
+      problem, state, merges.Step(first, expert, 1, rows, anchor)
+    )
+
+    def fisher(params, task, seed):
+      images, labels = _problems.task_data(problem, task)
+      return merging.diagonal_fisher(
+        problem.logits_fn,
+        jax.tree.map(lambda leaf: leaf[seed], params),
+        [(images[:16], labels[:16])],
+        labels="empirical",
+        reduction=reduction,
+      )
+
+    for seed in range(2):
+      new, old = fisher(expert, 1, seed), fisher(first, 0, seed)
+      products = [
+        sum(
+          (
+            (_kernel(expert, seed, n) - _kernel(anchor, seed, n)) ** 2
+            * np.asarray(one[n]["kernel"], np.float64)
+          ).sum()
+          for n in ("in", "out")
+        )
+        for one in (new, old)
+      ]
+      share = products[0] / sum(products)
+      np.testing.assert_allclose(
+        told["became", 1]["coefficient"][seed], share, rtol=1e-4
+      )
+      for name in ("in", "out"):
+        begin = _kernel(anchor, seed, name)
+        np.testing.assert_allclose(
+          _kernel(merged, seed, name),
+          begin + share * (_kernel(expert, seed, name) - begin),
+          rtol=1e-4,
+          atol=1e-6,
+        )
+        at_merge = fisher(merged, 1, seed)[name]["kernel"]
+        np.testing.assert_allclose(
+          after["fisher"][name]["kernel"][seed],
+          np.asarray(old[name]["kernel"]) + np.asarray(at_merge),
+          rtol=1e-3,
+          atol=1e-6,
+        )
+
+  def test_reduction_matters_where_sizes_differ(self):
+    stream = _problem().stream
+    tasks = list(stream.tasks)
+    tasks[1] = tasks[1]._replace(train=tasks[1].train[:8])
+    problem = _problems.problem(
+      hidden=True, capacity=0, stream=stream._replace(tasks=tuple(tasks))
+    )
+    found = {}
+    for reduction in ("mean", "sum"):
+      told_of, told = _reported(problem)
+      strategy = strategies.get(
+        "became", training=BRIEF, projection=None, reduction=reduction
+      )
+      _problems.observe(strategy, told_of, 2)
+      found[reduction] = told["became", 1]["coefficient"]
+    # A task of few examples counts less by their sum.
+    self.assertTrue((found["sum"] < found["mean"]).all(), found)
+
+  def test_anchor_is_the_projected_training(self):
+    problem = _problem()
+    seen = []
+
+    def update(problem, state, step):
+      seen.append(step)
+      return step.expert, state
+
+    watch = merges.Merge("watch", lambda problem: {}, update)
+    strategy = continual.compose(
+      "x",
+      continual.Learner(BRIEF, start="merged", projection=Projection()),
+      merge=watch,
+    )
+    _problems.observe(strategy, problem, 2)
+    # The first task has nothing to spare: one training.
+    chex.assert_trees_all_equal(seen[0].anchor, problem.params)
+    alone = continual.compose(
+      "x",
+      continual.Learner(
+        BRIEF, start="merged", projection=Projection(release=False)
+      ),
+      merge=watch,
+    )
+    state = alone.init(problem)._replace(current=seen[0].expert)
+    held = strategy.observe(problem, strategy.init(problem), 0).learner
+    alone.observe(problem, state._replace(learner=held), 1)
+    chex.assert_trees_all_equal(seen[-1].expert, seen[1].anchor)
+    difference = np.abs(_kernel(seen[1].expert) - _kernel(seen[1].anchor)).max()
+    self.assertGreater(difference, 1e-3)
+
+  def test_no_fisher(self):
+    problem = _problem()
+    merge = merges.became(samples=8)
+    rows = np.zeros((2, 0), np.int32)
+    state = merge.init(problem)
+    same = merges.Step(problem.params, problem.params, 1, rows, problem.params)
+    with self.assertRaisesRegex(
+      ValueError, "task 1 .seed 0. is not finite, or"
+    ):
+      merge.update(problem, state, same)
+    for options, message in (
+      ({"labels": "none"}, "labels 'none'"),
+      ({"reduction": "max"}, "reduction 'max'"),
+      ({"head": "none"}, "head 'none'"),
+      ({"samples": 0}, "samples must be at least 1"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        merges.became(**options)
+
+
+class ProjectionTest(parameterized.TestCase):
+  @parameterized.parameters(0.5, 0.9, 0.99, 1.0)
+  def test_directions_are_those_of_the_svd(self, threshold):
+    draws = np.random.default_rng(4)
+    rows = draws.normal(size=(30, 6)) * np.array([5, 3, 1, 0.5, 0.1, 0.01])
+    found = _projection.grown(np.zeros((6, 6)), rows.T @ rows, threshold)
+    _, values, vectors = np.linalg.svd(rows)
+    shares = (values**2).cumsum() / (values**2).sum()
+    count = int(np.argmax(shares >= threshold - 1e-12)) + 1
+    np.testing.assert_allclose(
+      found, vectors[:count].T @ vectors[:count], atol=1e-8
+    )
+
+  def test_a_second_task_adds_what_the_first_lacks(self):
+    draws = np.random.default_rng(5)
+    first = draws.normal(size=(20, 2)) @ np.eye(6)[:2]
+    second = draws.normal(size=(20, 3)) @ np.eye(6)[1:4]
+    projector = _projection.grown(np.zeros((6, 6)), first.T @ first, 1.0)
+    np.testing.assert_allclose(
+      projector, np.diag([1, 1, 0, 0, 0, 0.0]), atol=1e-7
+    )
+    projector = _projection.grown(projector, second.T @ second, 1.0)
+    np.testing.assert_allclose(
+      projector, np.diag([1, 1, 1, 1, 0, 0.0]), atol=1e-7
+    )
+    again = _projection.grown(projector, first.T @ first, 1.0)
+    np.testing.assert_allclose(again, projector, atol=1e-7)
+
+  @parameterized.parameters("sgd", "adam")
+  def test_what_earlier_tasks_see_stays(self, optimizer):
+    """Outputs on the first task do not move where all is spared."""
+    stream = _problem(False).stream
+    # Few examples, so that their inputs do not span everything.
+    tasks = [task._replace(train=task.train[:4]) for task in stream.tasks]
+    problem = _problems.problem(
+      capacity=0, stream=stream._replace(tasks=tuple(tasks))
+    )
+    settings = Training(0.05, optimizer=optimizer, epochs=5, batch_size=4)
+    found = {}
+    for name, options in (
+      ("gpm", {"projection": Projection(threshold=1.0, samples=None)}),
+      ("naive", {}),
+    ):
+      strategy = strategies.get(name, training=settings, **options)
+      state = strategy.init(problem)
+      images, _ = _problems.task_data(problem, 0)
+      logits = []
+      for task in range(2):
+        state = strategy.observe(problem, state, task)
+        params = jax.tree.map(
+          lambda leaf: leaf[0], strategy.params(problem, state)
+        )
+        logits.append(problem.logits_fn(params, images))
+      found[name] = float(jnp.abs(logits[1] - logits[0]).max())
+    self.assertLess(found["gpm"], 1e-4)
+    self.assertGreater(found["naive"], 0.05)
+
+  @parameterized.parameters("frozen", "free")
+  def test_other_parameters(self, others):
+    def logits_fn(params, images):
+      flat = images.reshape(len(images), -1)
+      return flat @ params["kernel"] + params["bias"][None]
+
+    base = _problem(False)
+    params = {
+      "kernel": base.params["out"]["kernel"],
+      "bias": jnp.zeros((2, 6)),
+    }
+    problem = continual.make_problem(
+      base.stream, logits_fn, params, keys=base.keys
+    )
+    strategy = strategies.get(
+      "gpm", training=BRIEF, projection=Projection(others=others)
+    )
+    state = strategy.init(problem)
+    biases = []
+    for task in range(2):
+      state = strategy.observe(problem, state, task)
+      biases.append(np.asarray(state.current["bias"]))
+    self.assertGreater(np.abs(biases[0]).max(), 0)
+    self.assertEqual(np.array_equal(*biases), others == "frozen")
+
+  def test_bad_settings(self):
+    for options, message in (
+      ({"threshold": 0.0}, "threshold must lie"),
+      ({"growth": -0.1}, "growth must not be negative"),
+      ({"others": "all"}, "others 'all'"),
+      ({"samples": 0}, "samples must be at least 1"),
+      ({"training": Training(-1.0)}, "projection.training: learning rates"),
+    ):
+      strategy = strategies.get(
+        "gpm", training=BRIEF, projection=Projection(**options)
+      )
+      with self.assertRaisesRegex(ValueError, message):
+        strategy.init(_problem())
+
+
+class PamTest(parameterized.TestCase):
+  def test_signs_of_the_largest(self):
+    problem = _problem(False)
+    draws = np.random.default_rng(6)
+    origin = problem.params
+    start = jax.tree.map(
+      lambda leaf: leaf + jnp.asarray(draws.normal(size=leaf.shape), "float32"),
+      origin,
+    )
+    for reset, value in (("zero", origin), ("global", start)):
+      signs = continual.Signs(fraction=0.25, reset=reset)
+      found = _signs.data(problem, signs, start, origin)
+      chex.assert_trees_all_equal(found["value"], value)
+      for seed in range(2):
+        vector = _kernel(start, seed) - _kernel(origin, seed)
+        bound = np.sort(np.abs(vector).reshape(-1))[-int(0.25 * vector.size)]
+        np.testing.assert_array_equal(
+          found["sign"]["out"]["kernel"][seed],
+          np.where(np.abs(vector) >= bound, np.sign(vector), 0),
+        )
+
+  def test_global_adapter_is_the_mean(self):
+    """Against the same training by hand, its signs held by hand."""
+    problem = _problem(False)
+    signs = continual.Signs(period=2, fraction=0.5)
+    strategy = strategies.get(
+      "pam", training=STEPS._replace(epochs=4), adapter=None, signs=signs
+    )
+    state = strategy.init(problem)
+    after = []
+    for task in range(2):
+      state = strategy.observe(problem, state, task)
+      after.append(strategy.params(problem, state))
+    for seed in range(2):
+      origin = _kernel(problem.params, seed)
+      start = _kernel(after[0], seed)
+      vector = start - origin
+      bound = np.sort(np.abs(vector).reshape(-1))[-vector.size // 2]
+      held = np.where(np.abs(vector) >= bound, np.sign(vector), 0)
+      point = start
+      images, labels = _problems.task_data(problem, 1)
+      for number in range(1, 5):
+        point = point - 0.1 * _problems.gradient(point, images, labels)
+        if number % 2 == 0:
+          other = (held != 0) & (np.sign(point - origin) != held)
+          point = np.where(other, origin, point)
+      np.testing.assert_allclose(
+        _kernel(after[1], seed), (start + point) / 2, atol=1e-5
+      )
+
+  def test_adapters(self):
+    problem = _problem()
+    strategy = strategies.get("pam", training=BRIEF, adapter=LORA)
+    state = strategy.init(problem)
+    chex.assert_trees_all_equal(strategy.params(problem, state), problem.params)
+    state = strategy.observe(problem, state, 0)
+    adapters = state.current
+    self.assertEqual(set(adapters), {"in/kernel", "out/kernel"})
+    state = strategy.observe(problem, state, 1)
+    params = strategy.params(problem, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, problem.params)
+    for seed in range(2):
+      for name in ("in", "out"):
+        a, b = (
+          np.asarray(state.current[f"{name}/kernel"][part][seed], np.float64)
+          for part in "ab"
+        )
+        np.testing.assert_allclose(
+          _kernel(params, seed, name),
+          _kernel(problem.params, seed, name) + 2 * a @ b,
+          atol=1e-5,
+        )
+    size = sum(leaf[0].nbytes for leaf in jax.tree.leaves(problem.params))
+    small = sum(leaf[0].nbytes for leaf in jax.tree.leaves(state.current))
+    self.assertEqual(
+      strategy.memory(problem, state, 2)["networks"], size + small
+    )
+
+  def test_adapters_learn_what_the_loss_says(self):
+    """One full-batch step of plain SGD on the factors, by hand."""
+    problem = _problem(False)
+    once = Training(0.5, momentum=0.0, epochs=1, batch_size=32)
+    strategy = continual.compose(
+      "x", continual.Learner(once, start="initial", adapter=LORA)
+    )
+    state = strategy.observe(problem, strategy.init(problem), 0)
+    new = strategy.init(problem).current["out/kernel"]
+    images, labels = _problems.task_data(problem, 0)
+    for seed in range(2):
+      a = np.asarray(new["a"][seed], np.float64)
+      slope = _problems.gradient(_kernel(problem.params, seed), images, labels)
+      np.testing.assert_allclose(
+        state.current["out/kernel"]["b"][seed],
+        -0.5 * 2 * a.T @ slope,
+        atol=1e-5,
+      )
+      # B is zero: A has no slope in the first step.
+      np.testing.assert_allclose(
+        state.current["out/kernel"]["a"][seed], a, atol=1e-7
+      )
+
+  def test_magmax_on_adapters(self):
+    problem = _problem()
+    strategy = continual.compose(
+      "x",
+      continual.Learner(BRIEF, start="initial", adapter=LORA),
+      merge=merges.by_rule("magmax", scale=1.0),
+    )
+    state = _problems.observe(strategy, problem, 2)
+    chex.assert_tree_all_finite(strategy.params(problem, state))
+
+  def test_what_adapters_cannot_do(self):
+    problem = _problem()
+    learner = continual.Learner(BRIEF, adapter=LORA)
+    for more, message in (
+      ({"merge": merges.by_rule("regmean")}, "a merge that runs the network"),
+      ({"finetune": continual.Finetune()}, "fine-tuning"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        continual.compose("x", learner, **more)
+    bad = learner._replace(projection=Projection())
+    with self.assertRaisesRegex(ValueError, "without a projection"):
+      continual.compose("x", bad).init(problem)
+    bad = learner._replace(adapter=models.Lora(targets="query"))
+    with self.assertRaisesRegex(ValueError, "targets 'query'"):
+      continual.compose("x", bad).init(problem)
+    for options, message in (
+      ({"period": 0}, "period must be at least 1"),
+      ({"fraction": 0.0}, "fraction must lie"),
+      ({"reset": "one"}, "reset 'one'"),
+    ):
+      strategy = strategies.get(
+        "pam", training=BRIEF, adapter=None, signs=continual.Signs(**options)
+      )
+      with self.assertRaisesRegex(ValueError, message):
+        strategy.init(problem)
+
+
+class TunableTest(parameterized.TestCase):
+  @parameterized.parameters(None, ((3.0, 1.0, 0.0),))
+  def test_is_the_merge_of_the_networks(self, preferences):
+    problem = _problem()
+    seen = []
+
+    def update(problem, state, step):
+      seen.append(step.expert)
+      return step.expert, state
+
+    watch = merges.Merge("watch", lambda problem: {}, update)
+    learner = continual.Learner(BRIEF)
+    _problems.observe(continual.compose("x", learner, merge=watch), problem)
+    strategy = strategies.get(
+      "tunable_magmax", training=BRIEF, preferences=preferences, scale=0.7
+    )
+    found = _problems.observe(strategy, problem).current
+    for seed in range(2):
+      one = functools.partial(jax.tree.map, lambda leaf, s=seed: leaf[s])
+      expected = merging.tunable_magmax(
+        one(problem.params),
+        [one(expert) for expert in seen],
+        problem.keys_for("merge", "tunable_magmax")[seed],
+        preferences=preferences,
+        scale=0.7,
+      )
+      chex.assert_trees_all_close(one(found), expected, rtol=1e-6)
+
+  @parameterized.parameters("labels", "cosine", "mmd", "ot")
+  def test_similarity(self, similarity):
+    """Target data of the second task prefer the second task."""
+    problem, told = _reported(_problem())
+    images, labels = _problems.task_data(problem, 1)
+    options = {} if similarity == "labels" else {"temperature": 0.2}
+    strategy = strategies.get(
+      "tunable_magmax",
+      training=BRIEF,
+      similarity=similarity,
+      target={"input": images, "label": labels},
+      samples=16,
+      **options,
+    )
+    _problems.observe(strategy, problem)
+    if similarity != "labels":
+      self.assertEqual(
+        told["tunable_magmax", 0]["preferences"].tolist(), [[1.0], [1.0]]
+      )
+    found = told["tunable_magmax", 2]["preferences"]
+    self.assertEqual(found.shape, (2, 3))
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    np.testing.assert_array_equal(found.argmax(axis=1), 1)
+
+  def test_bad_options(self):
+    problem = _problem()
+    for options, message in (
+      ({"preferences": (1, -1, 1)}, "not negative"),
+      ({"preferences": (0, 0, 0)}, "first task must be positive"),
+      ({"similarity": "rank", "target": {}}, "similarity 'rank'"),
+      ({"similarity": "ot"}, "give both, or none"),
+      ({"similarity": "labels", "target": {"input": 0}}, "need a 'label'"),
+      ({"preferences": (1,), "similarity": "ot"}, "not both"),
+      ({"temperature": 1.0}, "'temperature' is of a similarity"),
+      ({"samples": 0}, "samples must be at least 1"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        merges.tunable_magmax(**options)
+    with self.assertRaisesRegex(ValueError, "2 preferences for 3 tasks"):
+      strategies.get("tunable_magmax", preferences=(1, 1)).init(problem)
+
+
+class StatisticsTest(absltest.TestCase):
+  def test_layers_in_a_condition(self):
+    """A network with a condition needs a plain one for its statistics."""
+    base = _problem(False)
+
+    def logits_fn(params, images):
+      return jax.lax.cond(
+        jnp.asarray(len(images)) > 1,
+        lambda: _problems.logits_fn(params, images),
+        lambda: _problems.logits_fn(params, images),
+      )
+
+    def make(**options):
+      return continual.make_problem(
+        base.stream, logits_fn, base.params, keys=base.keys, **options
+      )
+
+    strategy = strategies.get("gpm", training=BRIEF)
+    with self.assertRaisesRegex(ValueError, "within a cond"):
+      strategy.init(make())
+    problem = make(statistics_fn=_problems.logits_fn)
+    state = _problems.observe(strategy, problem, 2)
+    chex.assert_tree_all_finite(state.current)
+
+
+if __name__ == "__main__":
+  absltest.main()
