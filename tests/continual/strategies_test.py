@@ -13,7 +13,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import special
 
-from jaxmerge import checkpoints, continual, training
+from jaxmerge import checkpoints, continual, models, training
 from jaxmerge.continual import (
   _learners,
   _objective,
@@ -59,7 +59,12 @@ class StrategyTest(parameterized.TestCase):
   )
   def test_every_strategy_runs(self, name):
     problem = _shared(hidden=True)
-    options = {"weight": 1.0} if name == "ewc" else {}
+    options = {
+      "ewc": {"weight": 1.0},
+      "pam": {"adapter": models.Lora(2, 4.0, "kernel")},
+      # Four steps a task.
+      "trm": {"path": continual.Path(2)},
+    }.get(name, {})
     strategy = strategies.get(name, training=BRIEF, **options)
     state = _problems.observe(strategy, problem)
     params = strategy.params(problem, state)

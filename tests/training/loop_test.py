@@ -513,5 +513,47 @@ class ErrorsTest(parameterized.TestCase):
       )
 
 
+class TransformationTest(parameterized.TestCase):
+  def test_frozen_leaves_reach_the_optimizer(self):
+    """A transformation that scales each seed's steps by what is frozen."""
+
+    def update(updates, state, params=None, *, frozen):
+      del params
+      scaled = jax.tree.map(lambda leaf: leaf * frozen["speed"], updates)
+      return scaled, state + 1
+
+    last = optax.GradientTransformationExtraArgs(
+      lambda params: jnp.zeros((), jnp.int32), update
+    )
+    data = _data(examples=8)
+    schedule = lambda step: 0.1 + 0 * step  # noqa: E731
+
+    def loss(params, context):
+      return _loss(params, context.batch, context.key)
+
+    start = _params()
+    result = training.train(
+      loss,
+      jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start),
+      data,
+      optimizer=training.Optimizer(optax.chain(optax.sgd(0.1), last), schedule),
+      epochs=3,
+      batch_size=8,
+      keys=jax.random.split(jax.random.key(0)),
+      frozen={"speed": jnp.array([1.0, 0.5])},
+    )
+    for seed, rate in enumerate((0.1, 0.05)):
+      expected = _descend(
+        data, start["w"], lambda step, rate=rate: rate, 0.0, 0.0, 3
+      )
+      np.testing.assert_allclose(result.params["w"][seed], expected, rtol=1e-4)
+    np.testing.assert_array_equal(result.opt_state[-1], [3, 3])
+    self.assertEqual(result.trace["loss"].shape, (2, 3))
+    for number, record in enumerate(result.history):
+      np.testing.assert_allclose(
+        result.trace["loss"][:, number], record["loss"], rtol=1e-6
+      )
+
+
 if __name__ == "__main__":
   absltest.main()
