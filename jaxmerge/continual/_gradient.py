@@ -15,7 +15,7 @@ from jaxmerge.continual import _objective, _problem
 
 PyTree = Any
 
-# Examples whose activations are in memory at once.
+# At most so many examples have their activations in memory at once.
 _CHUNK = 50
 
 
@@ -76,8 +76,9 @@ def mean_gradient(
     name: np.concatenate([part[name] for part in parts]) for name in parts[0]
   }
   size = len(batch["label"])
-  chunk = min(_CHUNK, size)
-  rows = np.arange(-(-size // chunk) * chunk)
+  count = -(-size // _CHUNK)
+  chunk = -(-size // count)
+  rows = np.arange(count * chunk)
   chunks = (
     {
       name: values[np.minimum(rows, size - 1)].reshape(

@@ -161,8 +161,7 @@ def trm(
       step.path,
       gradient,
     )
-    shape = (problem.num_seeds, max(groups) + 1, space.rows.shape[-1])
-    start = jnp.zeros(shape).at[..., 0].set(share)
+    start = jnp.zeros(space.weights.shape[:-1]).at[..., 0].set(share)
     old = np.zeros_like(_problem.head_masks(problem, "all", step.task))
     old[:] = _problem.head_masks(problem, "seen", step.task - 1)
     own = problem.stream.scenario == "task-incremental"
@@ -177,7 +176,7 @@ def trm(
       },
       "temperature": fill(np.float32(temperature)),
       "threshold": jnp.float32(target) * norm,
-      "reach": jax.vmap(_trm.reach)(space),
+      "reach": _trm.reach(space.vectors),
     }
     rows = problem.rows_of([step.task])
     plan = _training.plan(training_, rows)
@@ -202,7 +201,6 @@ def trm(
     if problem.report is not None:
       count = len(jax.tree.leaves(step.path)[0][0])
       names = _trm.direction_names(count, augment_subspace)
-      rows_left = np.asarray(space.rows)
       problem.report(
         "trm",
         step.task,
@@ -213,7 +211,9 @@ def trm(
           "coefficients": np.asarray(result.params),
           "groups": list(dict.fromkeys(labels)),
           "directions": list(names),
-          "dropped": [_trm.dropped_names(names, one) for one in rows_left],
+          "dropped": [
+            _trm.dropped_names(names, one) for one in _subspace.kept(space)
+          ],
           "cosines": np.asarray(_cosines()(merged, step.current, step.path)),
         },
       )
@@ -243,7 +243,8 @@ def _space(
   vectors = _trm.directions(
     current, expert, path, gradient if augmented else None
   )
-  if not float(tree_lib.norm(vectors[0])) > 0:
+  first = jax.tree.map(lambda leaf: leaf[0], vectors)
+  if not float(tree_lib.norm(first)) > 0:
     raise ValueError(
       f"The training of task {task} has moved nothing: its trajectory has the"
       " length zero. Look at its learning rate and its number of steps."

@@ -19,19 +19,23 @@ GRANULARITIES = ("global", "layer", "leaf")
 
 
 class Subspace(NamedTuple):
-  """Orthogonal directions, for one network; all leaves are arrays.
+  """What some directions span, for one network; all leaves are arrays.
+
+  The coordinates are orthonormal, up to one length a group, though the vectors
+  are not: they are combined when they are used, so that no copy of them has to
+  be made.
 
   Attributes:
     origin: what the coordinates are relative to.
-    basis: leaves `[directions, ...]`. In each group of leaves the directions
-      are orthogonal, and as long as the first one given; what degenerates is
-      zero.
-    rows: bool `[groups, directions]`, the directions that are left.
+    vectors: the directions, leaves `[directions, ...]`.
+    weights: `[groups, directions, directions]`; coordinate i of a group goes
+      along `sum_j weights[group, i, j] * vectors_j`. These are orthogonal, and
+      as long as the first vector; rows of zeros for what degenerates.
   """
 
   origin: PyTree
-  basis: PyTree
-  rows: jax.Array
+  vectors: PyTree
+  weights: jax.Array
 
 
 def group_names(params: PyTree, granularity: str) -> tuple[str, ...]:
@@ -90,68 +94,61 @@ def _by_group(groups: tuple[int, ...], parts: Sequence[jax.Array]) -> jax.Array:
   return jnp.stack(sums)
 
 
-def coordinates(
-  groups: tuple[int, ...], basis: PyTree, vector: PyTree
+def _dots(
+  groups: tuple[int, ...], vectors: PyTree, vector: PyTree
 ) -> jax.Array:
-  """Dot products of a vector and the directions, `[groups, directions]`.
+  """Dot products of a vector and several, `[groups, n]`."""
+
+  def one(rows: jax.Array, leaf: jax.Array) -> jax.Array:
+    # Sums, not a product of matrices: each vector is read once.
+    products = rows.astype(jnp.float32) * leaf.astype(jnp.float32)[None]
+    return products.sum(axis=tuple(range(1, rows.ndim)))
+
+  parts = jax.tree.leaves(jax.tree.map(one, vectors, vector))
+  return _by_group(groups, parts)
+
+
+def coordinates(
+  groups: tuple[int, ...], space: Subspace, vector: PyTree
+) -> jax.Array:
+  """Dot products of a vector and the coordinates' axes, `[groups, n]`.
 
   That of a gradient is the gradient with respect to the coefficients.
   """
-
-  def one(rows: jax.Array, leaf: jax.Array) -> jax.Array:
-    rows = rows.reshape(len(rows), -1).astype(jnp.float32)
-    return rows @ leaf.reshape(-1).astype(jnp.float32)
-
-  parts = jax.tree.leaves(jax.tree.map(one, basis, vector))
-  return _by_group(groups, parts)
+  dots = _dots(groups, space.vectors, vector)
+  return jnp.einsum("gij,gj->gi", space.weights, dots)
 
 
 def moved(
   groups: tuple[int, ...], space: Subspace, coefficients: jax.Array
 ) -> PyTree:
-  """`origin + sum_j coefficients[group, j] * basis_j`, leaf by leaf.
+  """The parameters that have these coefficients.
 
   Args:
     groups: number of the group of each leaf.
     space: the subspace.
-    coefficients: float `[groups, directions]`.
+    coefficients: float `[groups, n]`.
 
   Returns:
     The parameters.
   """
+  shares = jnp.einsum("gi,gij->gj", coefficients, space.weights)
   leaves, structure = jax.tree.flatten(space.origin)
-  rows = jax.tree.leaves(space.basis)
-  made = [
-    leaf
-    + jnp.tensordot(coefficients[group].astype(row.dtype), row, 1).astype(
-      leaf.dtype
-    )
-    for group, leaf, row in zip(groups, leaves, rows, strict=True)
-  ]
+  vectors = jax.tree.leaves(space.vectors)
+  made = []
+  for group, leaf, rows in zip(groups, leaves, vectors, strict=True):
+    total = leaf.astype(jnp.float32)
+    for number in range(len(rows)):
+      total += shares[group, number] * rows[number].astype(jnp.float32)
+    made.append(total.astype(leaf.dtype))
   return jax.tree.unflatten(structure, made)
 
 
 @functools.partial(jax.jit, static_argnames="groups")
 def _gram(groups: tuple[int, ...], vectors: PyTree) -> jax.Array:
   """`[groups, n, n]` of vectors with leaves `[n, ...]`."""
-
-  def one(rows: jax.Array) -> jax.Array:
-    rows = rows.reshape(len(rows), -1).astype(jnp.float32)
-    return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
-
-  return _by_group(groups, [one(leaf) for leaf in jax.tree.leaves(vectors)])
-
-
-@functools.partial(jax.jit, static_argnames="groups", donate_argnames="vectors")
-def _combined(
-  groups: tuple[int, ...], vectors: PyTree, matrices: jax.Array
-) -> PyTree:
-  leaves, structure = jax.tree.flatten(vectors)
-  made = [
-    jnp.tensordot(matrices[group].astype(leaf.dtype), leaf, 1)
-    for group, leaf in zip(groups, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(structure, made)
+  rows = jax.lax.map(lambda vector: _dots(groups, vectors, vector), vectors)
+  return jnp.swapaxes(rows, 0, 1)
 
 
 def gram_schmidt(gram: np.ndarray, tolerance: float) -> np.ndarray:
@@ -185,34 +182,34 @@ def gram_schmidt(gram: np.ndarray, tolerance: float) -> np.ndarray:
 def span(
   groups: tuple[int, ...],
   origin: PyTree,
-  directions: Sequence[PyTree],
+  vectors: PyTree,
   tolerance: float = 0.02,
 ) -> Subspace:
   """The subspace that some directions span.
 
-  The network's parameters are gone through twice, and a matrix of the number of
-  directions is all that is made of them; the vectors are orthogonalised by
-  Gram and Schmidt in the order given, group by group.
+  They are orthogonalised by Gram and Schmidt in their order, group by group,
+  by the matrix of their dot products: what is made is of the size of their
+  number.
 
   Args:
     groups: number of the group of each leaf.
     origin: the parameters that the coordinates are relative to.
-    directions: trees of its structure. The first one of each group has the
-      length of all, so that a coefficient of 1 along it is that direction.
-    tolerance: as in `gram_schmidt`.
+    vectors: the directions, leaves `[directions, ...]`. The first one of each
+      group has the length of all axes, so that a coefficient of 1 along the
+      first axis is that direction.
+    tolerance: as in `gram_schmidt`; what float32 sums leave of the dot products
+      is below it, and nothing else is.
 
   Returns:
     The subspace.
   """
-  vectors = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
-  first = np.asarray(_gram(groups, vectors))
-  lengths = np.sqrt(first[:, 0, 0])
-  weights = np.stack([gram_schmidt(one, tolerance) for one in first])
-  vectors = _combined(groups, vectors, jnp.asarray(weights, jnp.float32))
-  # Again, for what float32 sums have left.
-  second = np.asarray(_gram(groups, vectors))
-  again = np.stack([gram_schmidt(one, 0.5) for one in second])
-  again *= lengths[:, None, None]
-  basis = _combined(groups, vectors, jnp.asarray(again, jnp.float32))
-  rows = np.einsum("gij,gij->gi", again, again) > 0
-  return Subspace(origin, basis, jnp.asarray(rows))
+  products = np.asarray(_gram(groups, vectors), np.float64)
+  lengths = np.sqrt(products[:, 0, 0])
+  weights = np.stack([gram_schmidt(one, tolerance) for one in products])
+  weights *= lengths[:, None, None]
+  return Subspace(origin, vectors, jnp.asarray(weights, jnp.float32))
+
+
+def kept(space: Subspace) -> np.ndarray:
+  """Which directions do not degenerate, bool `[groups, directions]`."""
+  return np.asarray(jnp.abs(space.weights).max(axis=-1) > 0)

@@ -232,7 +232,7 @@ def loss_fn(
       gradient = jax.lax.cond(
         value > 0, responsive, lambda gradient: gradient, gradient
       )
-    slope = _subspace.coordinates(groups, space.basis, gradient)
+    slope = _subspace.coordinates(groups, space, gradient)
     whole = _objective.with_gradient(total, coefficients, slope)
     shape = batch["label"].shape
     spread = {
@@ -253,9 +253,10 @@ def direction_names(snapshots: int, augmented: bool) -> tuple[str, ...]:
   return (*names, *(f"snapshot {n}" for n in range(snapshots, 0, -1)))
 
 
+@jax.jit
 def directions(
   current: PyTree, expert: PyTree, path: PyTree, gradient: PyTree | None
-) -> list[PyTree]:
+) -> PyTree:
   """The directions from the network before the task, see `direction_names`.
 
   Args:
@@ -265,16 +266,20 @@ def directions(
     gradient: of the task's loss at the plain merge, or None.
 
   Returns:
-    Trees like `current`.
+    Leaves `[directions, ...]`. The gradient is made as long as the task vector.
   """
-  found = [tree_lib.sub(expert, current)]
+  vector = tree_lib.sub(expert, current)
+  parts = [jax.tree.map(lambda leaf: leaf[None], vector)]
   if gradient is not None:
-    found.append(jax.tree.map(jnp.negative, gradient))
-  count = len(jax.tree.leaves(path)[0])
-  for number in reversed(range(count)):
-    one = jax.tree.map(lambda leaf, number=number: leaf[number], path)
-    found.append(tree_lib.sub(one, current))
-  return found
+    norm = tree_lib.norm(gradient)
+    scale = -tree_lib.norm(vector) / jnp.where(norm > 0, norm, 1.0)
+    parts.append(
+      jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf[None], gradient)
+    )
+  parts.append(
+    jax.tree.map(lambda rows, leaf: (rows - leaf[None])[::-1], path, current)
+  )
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def dropped_names(names: Sequence[str], rows: np.ndarray) -> list[list[str]]:
@@ -289,7 +294,11 @@ def dropped_names(names: Sequence[str], rows: np.ndarray) -> list[list[str]]:
   ]
 
 
-def reach(space: _subspace.Subspace) -> jax.Array:
-  """Length of the finite difference for a subspace."""
-  first = jax.tree.map(lambda leaf: leaf[0], space.basis)
-  return jnp.asarray(_REACH * tree_lib.norm(first), jnp.float32)
+def reach(vectors: PyTree) -> jax.Array:
+  """Length of the finite difference, by the task vector's; with seeds."""
+
+  def one(vectors: PyTree) -> jax.Array:
+    first = jax.tree.map(lambda leaf: leaf[0], vectors)
+    return jnp.asarray(_REACH * tree_lib.norm(first), jnp.float32)
+
+  return jax.vmap(one)(vectors)
