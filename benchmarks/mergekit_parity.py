@@ -17,6 +17,8 @@ Both tools may live in one environment, then the two flags are not needed.
    place apart. mergekit reckons in the format it writes; so the narrow results
    are also held against those that it reckons in float32 and then rounds. Of
    random methods the first two moments of (merged - base) are compared.
+   Networks that mergekit-yaml fails on are merged by mergekit-pytorch, which
+   is looked for beside it.
 2. Speed (--speed). A Llama of 1.1 billion parameters in bfloat16: time and
    memory of the processes. The tools and a copy (`cat` of the inputs to
    nowhere, `cp` of one) take turns. Warm: the inputs were read just before;
@@ -65,7 +67,10 @@ KINDS = (
 )
 SPEED_KIND = "llama-1b"
 MODELS = ("base", "m1", "m2", "m3")
+WEIGHTS = "model.safetensors"
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+# mergekit-yaml fails on these; mergekit-pytorch takes tensors by their names.
+RAW = ("minilm", "bert", "clip")
 # Of the largest magnitude of a tensor, in float32.
 RELATIVE = 1e-5
 # A chance of one in a hundred that any of the deviations is larger.
@@ -243,6 +248,46 @@ def recipes(root: pathlib.Path, layers: int) -> dict[str, Json]:
     recipe["merge_method"] = name.partition(",")[0]
     made[name] = recipe
   return made
+
+
+def raw_recipes(root: pathlib.Path) -> dict[str, Json]:
+  """Those recipes that know no layers, for mergekit-pytorch.
+
+  Args:
+    root: The folder of the models.
+
+  Returns:
+    As `recipes`; in place of those with gradients there are plain ones.
+  """
+  made = {
+    name: recipe
+    for name, recipe in recipes(root, 1).items()
+    if "gradients" not in name and "slices" not in recipe
+  }
+  base, *others = (str(root / name) for name in MODELS)
+  made["slerp"] = {
+    "merge_method": "slerp",
+    "base_model": base,
+    "models": [{"model": base}, {"model": others[0]}],
+    "parameters": {"t": 0.4},
+  }
+  made["ties"] = {
+    "merge_method": "ties",
+    "base_model": base,
+    "models": _models(others, weight=(1.0, 0.3, 0.5), density=(0.2, 0.5, 0.7)),
+  }
+  return made
+
+
+def of_files(recipe: Json) -> Json:
+  """A recipe of mergekit-pytorch, which takes files instead of folders."""
+  found = dict(recipe)
+  found["models"] = [
+    one | {"model": f"{one['model']}/{WEIGHTS}"} for one in recipe["models"]
+  ]
+  if "base_model" in recipe:
+    found["base_model"] = f"{recipe['base_model']}/{WEIGHTS}"
+  return found
 
 
 def examples(root: pathlib.Path, layers: int) -> dict[str, Json]:
@@ -630,13 +675,11 @@ class Parity:
     file = folder / "recipe.yml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     self._ours(file, folder / "ours", row)
-    self._theirs(file, folder / "theirs", row, "mergekit_error")
+    self._theirs(recipe, folder / "theirs", row, "mergekit_error")
     wide = folder / "wide"
     if recipe["dtype"] != "float32" and not random:
-      wide_file = folder / "wide.yml"
       wide_recipe = recipe | {"dtype": "float32", "out_dtype": recipe["dtype"]}
-      wide_file.write_text(yaml.safe_dump(wide_recipe, sort_keys=False))
-      self._theirs(wide_file, wide, row, "wide_error")
+      self._theirs(wide_recipe, wide, row, "wide_error")
     ours, theirs, widely = (
       load(one) if one.is_dir() else None
       for one in (folder / "ours", folder / "theirs", wide)
@@ -668,13 +711,20 @@ class Parity:
     row["jaxmerge_seconds"] = round(time.monotonic() - start, 2)
 
   def _theirs(
-    self, file: pathlib.Path, out: pathlib.Path, row: Json, failed: str
+    self, recipe: Json, out: pathlib.Path, row: Json, failed: str
   ) -> None:
+    # mergekit-pytorch writes no configuration: what it began may be there.
     if (out / "config.json").exists():
       return
+    raw = self.kind in RAW
+    file = out.with_suffix(".yml")
+    file.write_text(
+      yaml.safe_dump(of_files(recipe) if raw else recipe, sort_keys=False)
+    )
+    command = raw_command(self.mergekit) if raw else self.mergekit
     start = time.monotonic()
     done = subprocess.run(
-      [self.mergekit, str(file), str(out), "--quiet"],
+      [command, str(file), str(out), "--quiet"],
       capture_output=True,
       text=True,
       check=False,
@@ -686,6 +736,15 @@ class Parity:
 
   def _shown(self, text: str) -> str:
     return last_line(text, {str(self.workdir): "WORKDIR"})
+
+
+def raw_command(mergekit: str) -> str:
+  """The command for networks by names alone, beside mergekit-yaml."""
+  return str(
+    pathlib.Path(shutil.which(mergekit) or mergekit).with_name(
+      "mergekit-pytorch"
+    )
+  )
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
@@ -713,7 +772,7 @@ def build(
     SystemExit: It failed; the message says why.
   """
   root = workdir / "models" / kind / dtype
-  if all((root / name / "model.safetensors").exists() for name in MODELS):
+  if all((root / name / WEIGHTS).exists() for name in MODELS):
     return root
   root.parent.mkdir(parents=True, exist_ok=True)
   script = pathlib.Path(__file__).with_name("_mergekit_models.py")
@@ -756,9 +815,13 @@ def measure_parity(
       if mode == "float16" and kind != KINDS[0]:
         continue  # The examples, once.
       root = build(given.python, workdir, kind, mode)
-      make = examples if mode == "float16" else recipes
+      if kind in RAW:
+        made = raw_recipes(root)
+      else:
+        make = examples if mode == "float16" else recipes
+        made = make(root, num_layers(root))
       one = Parity(workdir, given.mergekit, root, kind, mode)
-      for name, recipe in make(root, num_layers(root)).items():
+      for name, recipe in made.items():
         if not chosen(given.methods, name, recipe["merge_method"]):
           continue
         if not in_time():
@@ -1328,6 +1391,19 @@ def goals(records: Sequence[Json]) -> list[list[str]]:
   return rows
 
 
+# What was tried of networks that mergekit-yaml fails on.
+_RAW_REASONS = """\
+mergekit-yaml merges no `BertModel` (bert, minilm) and no `CLIPModel` (clip).
+The first ends with `TypeError: can only concatenate list (not "tuple") to
+list`, where it looks for an optional tensor by its other names; the second
+with a `NotImplementedError` of `get_input_embeddings`. Both do so with
+mergekit 0.1.5 and transformers 5.24.0, and with mergekit 0.1.4 and transformers
+4.57.6; mergekit 0.1.5 does not start with transformers 4.57.6, which has no
+`transformers.initialization`. These networks are merged by `mergekit-pytorch`,
+another command of mergekit, of the versions above. It takes tensors by their
+names, and knows no layers: there are no gradients and no stacking.
+"""
+
 # What was looked into, entry by entry, by the tables below.
 _REASONS = """\
 Where more than roundings differ:
@@ -1453,6 +1529,7 @@ def page(results: Json) -> str:
       "base, mean and mean square are compared in standard errors of their",
       "difference; the limit is exceeded by chance once in a hundred.",
       "",
+      _RAW_REASONS,
       _REASONS,
       *_parity_tables(results["parity"]),
     ]
@@ -1514,7 +1591,8 @@ def gather(workdir: pathlib.Path, python: str) -> Json:
     What `page` takes.
   """
   parity = list(_rows(workdir))
-  order = {name: i for i, name in enumerate(recipes(workdir, 4))}
+  names = dict.fromkeys([*recipes(workdir, 4), *raw_recipes(workdir)])
+  order = {name: i for i, name in enumerate(names)}
   for row in parity:
     if "moments" in row:
       # All tensors would be megabytes: the worst, and how many there are.

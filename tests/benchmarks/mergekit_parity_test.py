@@ -156,6 +156,7 @@ class RecipesTest(absltest.TestCase):
     made = [
       *mergekit_parity.recipes(root, 4).values(),
       *mergekit_parity.examples(root, 4).values(),
+      *mergekit_parity.raw_recipes(root).values(),
       *mergekit_parity.speed_recipes(root, 8).values(),
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -165,6 +166,26 @@ class RecipesTest(absltest.TestCase):
         recipes.load(file)
     methods = {recipe["merge_method"] for recipe in made}
     self.assertGreaterEqual(len(methods), 18)
+
+  def test_recipes_without_layers(self):
+    made = mergekit_parity.raw_recipes(pathlib.Path("models"))
+    self.assertContainsSubset(["linear", "slerp", "ties", "dare_ties"], made)
+    self.assertNotIn("slices", str(made))
+    for recipe in made.values():
+      for one in [recipe, *recipe["models"]]:
+        # A list is a gradient over layers.
+        self.assertNotIn("[", str(one.get("parameters")))
+    found = mergekit_parity.of_files(made["slerp"])
+    self.assertEqual(found["base_model"], "models/base/model.safetensors")
+    self.assertEqual(
+      found["models"],
+      [
+        {"model": "models/base/model.safetensors"},
+        {"model": "models/m1/model.safetensors"},
+      ],
+    )
+    self.assertEqual(found["parameters"], {"t": 0.4})
+    self.assertEqual(made["slerp"]["base_model"], "models/base")
 
   def test_more_models_are_linked(self):
     with tempfile.TemporaryDirectory() as folder:
