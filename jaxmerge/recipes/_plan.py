@@ -30,6 +30,7 @@ class Output(NamedTuple):
     call: how they are merged; None for a copy of the first.
     read_dtype: what floating-point tensors are rounded to when they are read;
       None to leave them.
+    base_model: whose the base's tensor is, for messages.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Output(NamedTuple):
   models: tuple[str, ...]
   call: _methods.Call | None
   read_dtype: np.dtype[Any] | None = None
+  base_model: str = ""
 
   @property
   def nbytes(self) -> int:

@@ -125,6 +125,7 @@ class _Planner:
       models,
       call,
       self.dtype,
+      "" if base is None else base[0],
     )
     self._check_shapes(result, one)
     return result
