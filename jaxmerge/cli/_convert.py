@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jaxmerge.cli import _show
+from jaxmerge.cli import _options, _show
 
 
 @click.command("convert")
@@ -15,22 +15,14 @@ from jaxmerge.cli import _show
   type=click.Choice(["orbax", "safetensors"]),
   help="The layout of OUT; the other one than that of IN by default.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option(
-  "--max-shard-size",
-  type=_show.parse_size,
-  metavar="SIZE",
-  default="5GB",
-  show_default=True,
-  help="Size from which on a further file of safetensors is begun.",
+@_options.shared(
+  "overwrite",
+  "max_shard_size",
+  "weights_only",
+  "quiet",
+  "json",
+  max_shard_size="Size from which on a further file of safetensors is begun.",
 )
-@click.option(
-  "--weights-only",
-  is_flag=True,
-  help="Read pickled weights, and nothing else of a pickle.",
-)
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
 def convert_command(
   source: str,
   out: str,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxmerge.cli import _info, _show
+from jaxmerge.cli import _info, _options, _show
 
 if TYPE_CHECKING:
   from jaxmerge.recipes import Comparison, TensorDifference
@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 @click.option(
   "--all", "show_all", is_flag=True, help="Print tensors that are equal, too."
 )
-@click.option(
-  "--weights-only",
-  is_flag=True,
-  help="Read pickled weights, and nothing else of a pickle.",
-)
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_options.shared("weights_only", "quiet", "json")
 def diff_command(
   a: str,
   b: str,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxmerge.cli import _show
+from jaxmerge.cli import _options, _show
 
 if TYPE_CHECKING:
   from jaxmerge.recipes import Description
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("info")
 @click.argument("path")
-@click.option(
-  "--weights-only",
-  is_flag=True,
-  help="Read pickled weights, and nothing else of a pickle.",
-)
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_options.shared("weights_only", "json")
 def info_command(path: str, weights_only: bool, as_json: bool) -> int:
   """Says what is in the checkpoint PATH.
 

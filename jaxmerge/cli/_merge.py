@@ -8,14 +8,7 @@ import time
 
 import click
 
-from jaxmerge.cli import _show
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
-_WEIGHTS_ONLY = click.option(
-  "--weights-only",
-  is_flag=True,
-  help="Read pickled weights, and nothing else of a pickle.",
-)
+from jaxmerge.cli import _options, _show
 
 
 def keep_programs() -> None:
@@ -36,23 +29,13 @@ def keep_programs() -> None:
 @click.option(
   "--dry-run", is_flag=True, help="Print what would be done, and stop."
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option(
-  "--max-shard-size",
-  type=_show.parse_size,
-  metavar="SIZE",
-  default="5GB",
-  show_default=True,
-  help="Size from which on a further file is begun.",
-)
+@_options.shared("overwrite", "max_shard_size")
 @click.option(
   "--verify",
   is_flag=True,
   help="Compare a result (the one argument) with its checksums.",
 )
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@_WEIGHTS_ONLY
-@_JSON
+@_options.shared("quiet", "weights_only", "json")
 def merge_command(
   config: pathlib.Path,
   out: pathlib.Path | None,
@@ -166,7 +149,7 @@ def _verify(out: pathlib.Path, as_json: bool) -> int:
 
 @click.command("validate")
 @click.argument("config", type=click.Path(path_type=pathlib.Path))
-@_JSON
+@_options.shared("json")
 def validate_command(config: pathlib.Path, as_json: bool) -> int:
   """Checks the recipe CONFIG without opening its models."""
   from jaxmerge import recipes

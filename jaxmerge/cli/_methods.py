@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from jaxmerge.cli import _show
+from jaxmerge.cli import _options, _show
 
 
 @click.command("methods")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_options.shared("json")
 def methods_command(name: str | None, as_json: bool) -> int:
   """Lists the merge methods, or the options of one."""
   import inspect

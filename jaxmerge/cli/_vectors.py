@@ -6,30 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxmerge.cli import _info, _show
+from jaxmerge.cli import _info, _options, _show
 
 if TYPE_CHECKING:
   from jaxmerge.recipes import LoraReport
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-_JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
-_QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
-_OVERWRITE = click.option(
-  "--overwrite", is_flag=True, help="Replace OUT if it is there."
-)
-_SHARD = click.option(
-  "--max-shard-size",
-  type=_show.parse_size,
-  metavar="SIZE",
-  default="5GB",
-  show_default=True,
-  help="Size from which on a further file is begun.",
-)
-_WEIGHTS_ONLY = click.option(
-  "--weights-only",
-  is_flag=True,
-  help="Read pickled weights, and nothing else of a pickle.",
-)
 
 
 @click.command("extract")
@@ -58,11 +40,7 @@ _WEIGHTS_ONLY = click.option(
   show_default=True,
   help="Of the result.",
 )
-@_OVERWRITE
-@_SHARD
-@_WEIGHTS_ONLY
-@_QUIET
-@_JSON
+@_options.shared("overwrite", "max_shard_size", "weights_only", "quiet", "json")
 def extract_command(
   base: str,
   tuned: str,
@@ -158,11 +136,7 @@ def _print_lora(report: LoraReport, as_json: bool) -> None:
   show_default=True,
   help="What the vector is multiplied by.",
 )
-@_OVERWRITE
-@_SHARD
-@_WEIGHTS_ONLY
-@_QUIET
-@_JSON
+@_options.shared("overwrite", "max_shard_size", "weights_only", "quiet", "json")
 def apply_command(
   base: str,
   vector: str,

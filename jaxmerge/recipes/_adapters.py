@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmerge import checkpoints
 from jaxmerge.recipes import (
-  _extract_lora,
+  _factors,
   _lora,
   _methods,
   _models,
@@ -91,7 +91,7 @@ def _factored(
     change = _reckon(merged.output)
     if merged.transposed:
       change = change.T
-    up, down = _extract_lora.factors(change, merged.rank)
+    up, down = _factors.factors(change, merged.rank)
     kept[name] = down, up
   found = kept[name][place]
   if place == 1:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmerge import checkpoints
-from jaxmerge.recipes import _building, _writing, _yaml
+from jaxmerge.recipes import _building, _peft, _writing, _yaml
 
 PyTree = Any
 LAYOUTS = ("orbax", "safetensors")
-_ADAPTER = "adapter_model.safetensors"
 
 
 class ConvertReport(NamedTuple):
@@ -215,7 +214,7 @@ def convert(
         folder,
         [_writing.copied(renamed[key], one) for key, one in opened.items()],
         max_shard_bytes=max_shard_bytes,
-        single=_ADAPTER if opened.is_adapter else None,
+        single=_peft.FILE if opened.is_adapter else None,
         seen=seen,
       )
     _building.carry_others(opened, folder)

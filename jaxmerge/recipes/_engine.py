@@ -139,7 +139,8 @@ class Engine:
     """Raises for a result that is not finite, and says why."""
     owners = list(output.models)
     if output.base is not None:
-      owners.insert(0, str(self._plan.recipe.base_model))
+      # A slice may have a base of its own.
+      owners.insert(0, output.base_model)
     for owner, tensor in zip(owners, output.inputs, strict=True):
       for start in range(0, tensor.size, self._block):
         part = tensor.read(start, min(start + self._block, tensor.size))

@@ -19,10 +19,11 @@ from jaxmerge.recipes import (
   _card,
   _digests,
   _engine,
-  _extract_lora,
   _folder,
   _models,
+  _peft,
   _plan,
+  _planner,
   _recipe,
   _schema,
   _shards,
@@ -100,7 +101,7 @@ def _prepare(
   for name, reference in _references(recipe).items():
     models[name] = _models.OpenModel(reference, weights_only=weights_only)
   adapters = _adapters.are_adapters(recipe, models)
-  plan = _plan.make_plan(document, recipe, models)
+  plan = _planner.make_plan(document, recipe, models)
   return document, _adapters.factor(plan) if adapters else plan
 
 
@@ -154,7 +155,7 @@ def _inputs(plan: _plan.Plan) -> dict[int, int]:
 
 
 def _divide(plan: _plan.Plan, max_shard_bytes: int) -> list[_shards.Shard]:
-  single = _extract_lora.FILE if plan.adapter else None
+  single = _peft.FILE if plan.adapter else None
   sizes = [output.nbytes for output in plan.outputs]
   return _shards.divide(sizes, max_shard_bytes, single)
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 import tempfile
 
 import ml_dtypes
 import numpy as np
+import yaml
 from absl.testing import absltest
 
-from benchmarks import mergekit_parity
+from benchmarks import (
+  _mergekit_compare,
+  _mergekit_files,
+  _mergekit_page,
+  _mergekit_process,
+  _mergekit_recipes,
+  _mergekit_rows,
+  _mergekit_times,
+)
 
 BF16 = ml_dtypes.bfloat16
 
@@ -49,22 +59,22 @@ class ComparisonTest(absltest.TestCase):
     x = np.array([1, 1, 1, 2, 0.0, -1, 2.0**-133], BF16)
     y = np.array([1, 1 + step, 1 + 3 * step, 2 - step, -0.0, -1 - step, 0])
     np.testing.assert_array_equal(
-      mergekit_parity.ulps(x, y.astype(BF16)), [0, 1, 3, 1, 0, 1, 1]
+      _mergekit_compare.ulps(x, y.astype(BF16)), [0, 1, 3, 1, 0, 1, 1]
     )
     # Across zero: the smallest numbers of both signs are two apart.
     tiny = np.array([2.0**-133], BF16)
-    np.testing.assert_array_equal(mergekit_parity.ulps(tiny, -tiny), [2])
+    np.testing.assert_array_equal(_mergekit_compare.ulps(tiny, -tiny), [2])
 
   def test_units_in_float16(self):
     x = np.array([1, 1], np.float16)
     y = np.array([1 + 2.0**-10, 1 - 2.0**-11], np.float16)
-    np.testing.assert_array_equal(mergekit_parity.ulps(x, y), [1, 1])
+    np.testing.assert_array_equal(_mergekit_compare.ulps(x, y), [1, 1])
 
   def test_float32_is_held_against_the_largest_magnitude(self):
     theirs = {"a": np.array([4, 1, 0, -2], np.float32), "b": np.ones(1)}
     ours = {"a": theirs["a"] + np.array([0, 2e-5, 1e-4, 0]), "b": np.ones(1)}
     ours["a"] = ours["a"].astype(np.float32)
-    found = mergekit_parity.compare(ours, theirs)
+    found = _mergekit_compare.compare(ours, theirs)
     # 2e-5 is half of 1e-5 of 4; 1e-4 is beyond.
     self.assertEqual(found["beyond"], 1)
     self.assertEqual(found["total"], 5)
@@ -77,13 +87,13 @@ class ComparisonTest(absltest.TestCase):
     step = 2.0**-7
     theirs = {"a": np.array([1, 1, 1, 8], BF16)}
     ours = {"a": np.array([1, 1 + step, 1 + 2 * step, 8], BF16)}
-    found = mergekit_parity.compare(ours, theirs)
+    found = _mergekit_compare.compare(ours, theirs)
     self.assertEqual((found["beyond"], found["ulps"]), (1, 2))
     self.assertEqual(found["relative"], 2 * step / 8)
 
   def test_names_shapes_and_dtypes_are_problems(self):
     one, two = np.ones(2, np.float32), np.ones(3, np.float32)
-    found = mergekit_parity.compare(
+    found = _mergekit_compare.compare(
       {"a": one, "b": one, "c": one.astype(BF16)},
       {"b": two, "c": one, "d": two},
     )
@@ -100,14 +110,14 @@ class ComparisonTest(absltest.TestCase):
   def test_what_is_no_number_counts(self):
     x = np.array([np.nan, 1, np.nan, np.inf], np.float32)
     y = np.array([np.nan, 1, 1, np.inf], np.float32)
-    found = mergekit_parity.compare({"a": x}, {"a": y})
+    found = _mergekit_compare.compare({"a": x}, {"a": y})
     self.assertEqual(found["beyond"], 1)
     self.assertEqual(found["relative"], np.inf)
 
   def test_moments(self):
     base = {"a": np.zeros(4)}
     ours, theirs = {"a": np.array([1.0, 2, 3, 4])}, {"a": np.ones(4)}
-    found = mergekit_parity.moments(base, ours, theirs)
+    found = _mergekit_compare.moments(base, ours, theirs)
     (row,) = found["tensors"]
     self.assertEqual(row["mean"], [2.5, 1.0])
     self.assertEqual(row["std"], [np.sqrt(1.25), 0.0])
@@ -131,16 +141,16 @@ class ComparisonTest(absltest.TestCase):
       }
 
     ours, theirs = dare(), dare()
-    found = mergekit_parity.moments(base, ours, theirs)
+    found = _mergekit_compare.moments(base, ours, theirs)
     self.assertLess(found["largest"], found["limit"])
     half = {
       name: base[name] + 0.9 * (theirs[name] - base[name]) for name in base
     }
-    found = mergekit_parity.moments(base, ours, half)
+    found = _mergekit_compare.moments(base, ours, half)
     self.assertGreater(found["largest"], found["limit"])
 
   def test_same_results_have_no_deviation(self):
-    found = mergekit_parity.moments(
+    found = _mergekit_compare.moments(
       {"a": np.ones(3), "b": np.ones(1)},
       {"a": np.zeros(3), "b": np.zeros(1)},
       {"a": np.zeros(3), "b": np.ones(1)},
@@ -154,70 +164,91 @@ class RecipesTest(absltest.TestCase):
 
     root = pathlib.Path("models")
     made = [
-      *mergekit_parity.recipes(root, 4).values(),
-      *mergekit_parity.examples(root, 4).values(),
-      *mergekit_parity.speed_recipes(root, 8).values(),
+      *_mergekit_recipes.recipes(root, 4).values(),
+      *_mergekit_recipes.examples(root, 4).values(),
+      *_mergekit_recipes.raw_recipes(root).values(),
+      *_mergekit_recipes.speed_recipes(root, 8).values(),
     ]
     with tempfile.TemporaryDirectory() as folder:
       file = pathlib.Path(folder) / "recipe.yml"
       for recipe in made:
-        file.write_text(mergekit_parity.yaml.safe_dump(recipe))
+        file.write_text(yaml.safe_dump(recipe))
         recipes.load(file)
     methods = {recipe["merge_method"] for recipe in made}
     self.assertGreaterEqual(len(methods), 18)
 
+  def test_recipes_without_layers(self):
+    made = _mergekit_recipes.raw_recipes(pathlib.Path("models"))
+    self.assertContainsSubset(["linear", "slerp", "ties", "dare_ties"], made)
+    self.assertNotIn("slices", str(made))
+    for recipe in made.values():
+      for one in [recipe, *recipe["models"]]:
+        # A list is a gradient over layers.
+        self.assertNotIn("[", str(one.get("parameters")))
+    found = _mergekit_recipes.of_files(made["slerp"])
+    self.assertEqual(found["base_model"], "models/base/model.safetensors")
+    self.assertEqual(
+      found["models"],
+      [
+        {"model": "models/base/model.safetensors"},
+        {"model": "models/m1/model.safetensors"},
+      ],
+    )
+    self.assertEqual(found["parameters"], {"t": 0.4})
+    self.assertEqual(made["slerp"]["base_model"], "models/base")
+
   def test_more_models_are_linked(self):
     with tempfile.TemporaryDirectory() as folder:
       root = pathlib.Path(folder) / "bfloat16"
-      for name in mergekit_parity.MODELS:
+      for name in _mergekit_files.MODELS:
         (root / name).mkdir(parents=True)
         (root / name / "config.json").write_text(name)
-      mergekit_parity.link(root, 8)
-      mergekit_parity.link(root, 8)
-      recipe = mergekit_parity.speed_recipes(root, 8)["ties"]
+      _mergekit_recipes.link(root, 8)
+      _mergekit_recipes.link(root, 8)
+      recipe = _mergekit_recipes.speed_recipes(root, 8)["ties"]
       found = [
         (pathlib.Path(one["model"]) / "config.json").read_text()
         for one in recipe["models"]
       ]
       self.assertEqual(found, ["m1", "m2", "m3"] * 2 + ["m1", "m2"])
-      self.assertLen(set(mergekit_parity.input_folders(recipe)), 9)
-    two = mergekit_parity.speed_recipes(pathlib.Path("x"), 2)["linear"]
-    self.assertEqual(mergekit_parity.input_folders(two), ["x/m1", "x/m2"])
+      self.assertLen(set(_mergekit_recipes.input_folders(recipe)), 9)
+    two = _mergekit_recipes.speed_recipes(pathlib.Path("x"), 2)["linear"]
+    self.assertEqual(_mergekit_recipes.input_folders(two), ["x/m1", "x/m2"])
 
 
 class ProcessTest(absltest.TestCase):
   def test_status(self):
     text = "Name:\tx\nVmRSS:\t    30 kB\nRssAnon:\t  10 kB\nRssFile:\t  20 kB\n"
     self.assertEqual(
-      mergekit_parity.memory_of(text),
+      _mergekit_process.memory_of(text),
       {"anon": 10240, "file": 20480, "rss": 30720},
     )
-    self.assertEqual(mergekit_parity.memory_of("")["anon"], 0)
+    self.assertEqual(_mergekit_process.memory_of("")["anon"], 0)
 
   def test_busy_seconds(self):
     text = "cpu  1 2 3 1000 2000 4 5 6 7 8\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
-    ticks = mergekit_parity.os.sysconf("SC_CLK_TCK")
-    self.assertEqual(mergekit_parity.busy_seconds(text), 21 / ticks)
+    ticks = os.sysconf("SC_CLK_TCK")
+    self.assertEqual(_mergekit_process.busy_seconds(text), 21 / ticks)
 
   def test_a_process_is_measured(self):
     if not pathlib.Path("/proc/self/status").exists():
       self.skipTest("There is no /proc.")
     code = "import time; x = b'1' * 50_000_000; time.sleep(0.3)"
-    found = mergekit_parity.run_measured([sys.executable, "-c", code])
+    found = _mergekit_process.run_measured([sys.executable, "-c", code])
     self.assertBetween(found["seconds"], 0.3, 60)
     self.assertGreater(found["anon"], 50e6)
     self.assertGreater(found["max_rss"], 50e6)
 
   def test_a_failure_shows_its_output(self):
     with self.assertRaisesRegex(SystemExit, "(?s)ended with 1.*No luck"):
-      mergekit_parity.run_measured([sys.executable, "-c", "exit('No luck')"])
+      _mergekit_process.run_measured([sys.executable, "-c", "exit('No luck')"])
 
   def test_last_line(self):
-    found = mergekit_parity.last_line(
+    found = _mergekit_rows.last_line(
       "Traceback\n  File\nOSError: /some/w/models is no\n\n", {"/some/w": "DIR"}
     )
     self.assertEqual(found, "OSError: DIR/models is no")
-    self.assertEqual(mergekit_parity.last_line("", {}), "no message")
+    self.assertEqual(_mergekit_rows.last_line("", {}), "no message")
 
 
 class PageTest(absltest.TestCase):
@@ -234,7 +265,7 @@ class PageTest(absltest.TestCase):
         row
         | {
           "name": "dare_ties",
-          "moments": mergekit_parity.moments({"w": np.zeros(50)}, one, other),
+          "moments": _mergekit_compare.moments({"w": np.zeros(50)}, one, other),
         },
         narrow
         | {
@@ -261,7 +292,7 @@ class PageTest(absltest.TestCase):
     }
 
   def test_goals(self):
-    rows = mergekit_parity.goals(self._results()["speed"])
+    rows = _mergekit_times.goals(self._results()["speed"])
     found = {text: cells for text, *cells in rows}
     self.assertEqual(found["linear: at least 4x faster, warm"], ["5.0x", "yes"])
     self.assertEqual(
@@ -281,7 +312,7 @@ class PageTest(absltest.TestCase):
     )
 
   def test_page(self):
-    text = mergekit_parity.page(self._results())
+    text = _mergekit_page.page(self._results())
     self.assertIn("Hardware: 2 cores.\nVersions: mergekit 0.1.5.", text)
     self.assertIn(
       "| linear | 3.0 (2.0 - 4.0) | 15.0 | 5.0x | 1.0 | 3.0x | 0.50 | 5.00 |"
@@ -303,7 +334,7 @@ class PageTest(absltest.TestCase):
     self.assertEqual(text, text.rstrip() + "\n")
 
   def test_page_of_nothing(self):
-    text = mergekit_parity.page(
+    text = _mergekit_page.page(
       {"hardware": "x", "versions": {}, "parity": [], "speed": []}
     )
     self.assertNotIn("## Goals", text)

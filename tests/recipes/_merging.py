@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import textwrap
 
 import numpy as np
@@ -38,6 +39,15 @@ def config(layers=2, **others):
   }
 
 
+def file_bytes(folder):
+  """What all files of a folder hold, by their names."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in pathlib.Path(folder).rglob("*")
+    if path.is_file()
+  }
+
+
 class MergingTest(_on_disk.OnDiskTest):
   """Makes models, and merges them."""
 
@@ -48,6 +58,12 @@ class MergingTest(_on_disk.OnDiskTest):
     kwargs.setdefault("config", config(layers))
     self.write(name, tensors, **kwargs)
     return tensors
+
+  def pair(self, **kwargs):
+    """Writes two models; their tensors, and a recipe of their mean."""
+    a = self.model("a", tokenizer={"a": 1}, generation_config={}, **kwargs)
+    b = self.model("b", **kwargs)
+    return a, b, self.of("linear", weight=1)
 
   def recipe(self, text):
     """Writes a recipe, in which $a is the folder of the model a."""

@@ -482,6 +482,25 @@ class EngineTest(_merging.MergingTest):
       self.model("b", {"w": broken})
       self.assert_refused(recipe, "'w' of .*b holds NaN")
 
+  def test_nan_of_the_base_of_a_slice(self):
+    own = {name: _merging.network(layers=1) for name in ("a", "base", "own")}
+    name = "model.layers.0.mlp.up_proj.weight"
+    own["own"][name][2, 1] = np.nan
+    for model, tensors in own.items():
+      self.model(model, tensors, layers=1)
+    text = """\
+      merge_method: task_arithmetic
+      base_model: $base
+      slices:
+        - sources: [{model: $a, layer_range: [0, 1]}]
+        - base_model: $own
+          sources: [{model: $a, layer_range: [0, 1]}]
+      parameters: {weight: 1}
+    """
+    self.assert_refused(
+      text, r"'model.layers.1.mlp[\w.]*' of \S*own holds NaN or infinity"
+    )
+
   def test_nan_of_the_base(self):
     base, _ = self._models(1)
     base["norm.weight"][0] = np.inf
