@@ -6,8 +6,9 @@
 Variants:
   clinc150-<tasks>   all-MiniLM-L6-v2 on CLINC150, 5, 10 or 15 tasks; 50 texts a
                      class are trained on
-  cifar10            split CIFAR-10, five tasks of two classes, from a small
-                     convolutional network trained on half of the classes
+  cifar10            split CIFAR-10, five tasks of two classes, 1000 images of
+                     each, from a small convolutional network trained on half
+                     of the classes, 4500 images of each
   digits             the same on the embedded set with an MLP; minutes
 Each with the ending -ablations for the ablations of TRM instead of the other
 strategies, and -smoke for one class order and one epoch.
@@ -138,7 +139,7 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
   config.validation = 0.1
   small = dataset == "digits"
   # As many of each class, so that all tasks share their programs.
-  config.per_class = 120 if small else 0
+  config.per_class = 120 if small else 1000
   config.network = "mlpnet" if small else "cnn"
   config.network_options = ml_collections.ConfigDict(
     {"features": (64,)} if small else {"norm": "group"}
@@ -149,7 +150,7 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
       "learning_rate": 0.05,
       "final_learning_rate": 5e-4,
       "weight_decay": 5e-4,
-      "epochs": 10,
+      "epochs": 10 if small else 6,
       "batch_size": 64,
       "augment": not small,
     }

@@ -59,9 +59,11 @@ def trm(
       theta(a) = theta_m + sum_j a_j d_j
 
   with d the task vector theta_t - theta_m, the negative gradient of the task's
-  loss at the plain merge theta_m + w (theta_t - theta_m), and the snapshots
-  less theta_m, made orthogonal in this order, each as long as the task vector.
-  The coefficients start at the plain merge, and minimise on the task's examples
+  loss at the plain merge theta_m + w (theta_t - theta_m), as long as the way
+  from the last snapshot to the end, and the snapshots less theta_m. Of each,
+  what the ones before leave is taken, so that they are orthogonal, and in units
+  of that the coefficients are. They start at the plain merge, and minimise on
+  the task's examples
 
       alignment * cross-entropy
       + consistency * KL(old predictions || predictions), of the old classes
@@ -76,8 +78,7 @@ def trm(
   equations are not public.
 
   Args:
-    training_: settings of the optimisation of the coefficients; the learning
-      rate is in units of the task vector.
+    training_: settings of the optimisation of the coefficients.
     weight: w of the plain merge, a number or "1/t".
     granularity: whether the coefficients are "global", or there are some for
       each "layer", or each "leaf"; see `jaxmerge.continual` on names.

@@ -21,16 +21,15 @@ GRANULARITIES = ("global", "layer", "leaf")
 class Subspace(NamedTuple):
   """What some directions span, for one network; all leaves are arrays.
 
-  The coordinates are orthonormal, up to one length a group, though the vectors
-  are not: they are combined when they are used, so that no copy of them has to
-  be made.
+  The axes of the coordinates are orthogonal, though the vectors are not: they
+  are combined when they are used, so that no copy of them has to be made.
 
   Attributes:
     origin: what the coordinates are relative to.
     vectors: the directions, leaves `[directions, ...]`.
     weights: `[groups, directions, directions]`; coordinate i of a group goes
-      along `sum_j weights[group, i, j] * vectors_j`. These are orthogonal, and
-      as long as the first vector; rows of zeros for what degenerates.
+      along `sum_j weights[group, i, j] * vectors_j`, which is vector i less its
+      projections on those before it; rows of zeros for what degenerates.
   """
 
   origin: PyTree
@@ -152,7 +151,7 @@ def _gram(groups: tuple[int, ...], vectors: PyTree) -> jax.Array:
 
 
 def gram_schmidt(gram: np.ndarray, tolerance: float) -> np.ndarray:
-  """Combinations of vectors that are orthonormal, by their Gram matrix.
+  """Combinations of vectors that are orthogonal, by their Gram matrix.
 
   Args:
     gram: `[n, n]`.
@@ -160,22 +159,23 @@ def gram_schmidt(gram: np.ndarray, tolerance: float) -> np.ndarray:
       shorter than that, as a part of its own length.
 
   Returns:
-    W `[n, n]`, lower triangular, with `W gram W^T` the identity; its rows are
-    zero for the vectors that were dropped.
+    W `[n, n]`, lower triangular, with `W gram W^T` diagonal: row i has 1 at i,
+    or is zero where the vector was dropped.
 
-  >>> gram_schmidt(np.array([[4.0, 4.0], [4.0, 4.0]]), 0.01).tolist()
-  [[0.5, 0.0], [0.0, 0.0]]
+  >>> gram_schmidt(np.array([[4.0, 2.0], [2.0, 4.0]]), 0.01).tolist()
+  [[1.0, 0.0], [-0.5, 1.0]]
   """
   gram = np.asarray(gram, np.float64)
   found = np.zeros_like(gram)
+  squares = np.ones(len(gram))
   for i in range(len(gram)):
     row = np.zeros(len(gram))
     row[i] = 1.0
     for _ in range(2):  # Once is not enough where little is left.
-      row -= (found @ gram @ row) @ found
+      row -= ((found @ gram @ row) / squares) @ found
     square = row @ gram @ row
     if square > tolerance**2 * gram[i, i] and gram[i, i] > 0:
-      found[i] = row / np.sqrt(square)
+      found[i], squares[i] = row, square
   return found
 
 
@@ -194,9 +194,9 @@ def span(
   Args:
     groups: number of the group of each leaf.
     origin: the parameters that the coordinates are relative to.
-    vectors: the directions, leaves `[directions, ...]`. The first one of each
-      group has the length of all axes, so that a coefficient of 1 along the
-      first axis is that direction.
+    vectors: the directions, leaves `[directions, ...]`. An axis is as long as
+      what is left of its vector, so that a coefficient of 1 goes as far as the
+      vector does, and no step of an optimizer far beyond where it came from.
     tolerance: as in `gram_schmidt`; what float32 sums leave of the dot products
       is below it, and nothing else is.
 
@@ -204,9 +204,7 @@ def span(
     The subspace.
   """
   products = np.asarray(_gram(groups, vectors), np.float64)
-  lengths = np.sqrt(products[:, 0, 0])
   weights = np.stack([gram_schmidt(one, tolerance) for one in products])
-  weights *= lengths[:, None, None]
   return Subspace(origin, vectors, jnp.asarray(weights, jnp.float32))
 
 

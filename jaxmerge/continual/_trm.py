@@ -266,13 +266,15 @@ def directions(
     gradient: of the task's loss at the plain merge, or None.
 
   Returns:
-    Leaves `[directions, ...]`. The gradient is made as long as the task vector.
+    Leaves `[directions, ...]`. The gradient is made as long as the way from the
+    last snapshot to the end.
   """
   vector = tree_lib.sub(expert, current)
   parts = [jax.tree.map(lambda leaf: leaf[None], vector)]
   if gradient is not None:
     norm = tree_lib.norm(gradient)
-    scale = -tree_lib.norm(vector) / jnp.where(norm > 0, norm, 1.0)
+    last = jax.tree.map(lambda leaf, rows: leaf - rows[-1], expert, path)
+    scale = -tree_lib.norm(last) / jnp.where(norm > 0, norm, 1.0)
     parts.append(
       jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf[None], gradient)
     )
