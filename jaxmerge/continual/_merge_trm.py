@@ -154,14 +154,14 @@ def trm(
     norm = _gradient.norms(gradient)
     labels = _subspace.group_names(step.current, granularity)
     groups = _subspace.group_numbers(labels)
-    space = _problem.per_seed(
-      problem,
-      functools.partial(_space, groups, tolerance, augment_subspace, step.task),
+    vectors = _trm.directions(
       step.current,
       step.expert,
       step.path,
-      gradient,
+      gradient if augment_subspace else None,
     )
+    _check_moved(vectors, step.task)
+    space = _subspace.span(groups, step.current, vectors, tolerance)
     start = jnp.zeros(space.weights.shape[:-1]).at[..., 0].set(share)
     old = np.zeros_like(_problem.head_masks(problem, "all", step.task))
     old[:] = _problem.head_masks(problem, "seen", step.task - 1)
@@ -230,27 +230,15 @@ def trm(
   )
 
 
-def _space(
-  groups: tuple[int, ...],
-  tolerance: float,
-  augmented: bool,
-  task: int,
-  current: PyTree,
-  expert: PyTree,
-  path: PyTree,
-  gradient: PyTree,
-) -> _subspace.Subspace:
-  """The subspace of one seed."""
-  vectors = _trm.directions(
-    current, expert, path, gradient if augmented else None
-  )
-  first = jax.tree.map(lambda leaf: leaf[0], vectors)
-  if not float(tree_lib.norm(first)) > 0:
+def _check_moved(vectors: PyTree, task: int) -> None:
+  first = jax.tree.map(lambda leaf: leaf[:, 0], vectors)
+  still = np.flatnonzero(~(np.asarray(_gradient.norms(first)) > 0))
+  if still.size:
     raise ValueError(
-      f"The training of task {task} has moved nothing: its trajectory has the"
-      " length zero. Look at its learning rate and its number of steps."
+      f"The training of task {task} (seed {still[0]}) has moved nothing: its"
+      " trajectory has the length zero. Look at its learning rate and its"
+      " number of steps."
     )
-  return _subspace.span(groups, current, vectors, tolerance)
 
 
 @functools.lru_cache(maxsize=16)

@@ -145,9 +145,13 @@ def moved(
 
 @functools.partial(jax.jit, static_argnames="groups")
 def _gram(groups: tuple[int, ...], vectors: PyTree) -> jax.Array:
-  """`[groups, n, n]` of vectors with leaves `[n, ...]`."""
-  rows = jax.lax.map(lambda vector: _dots(groups, vectors, vector), vectors)
-  return jnp.swapaxes(rows, 0, 1)
+  """`[seeds, groups, n, n]` of vectors with leaves `[seeds, n, ...]`."""
+
+  def one(vectors: PyTree) -> jax.Array:
+    rows = jax.lax.map(lambda vector: _dots(groups, vectors, vector), vectors)
+    return jnp.swapaxes(rows, 0, 1)
+
+  return jax.vmap(one)(vectors)
 
 
 def gram_schmidt(gram: np.ndarray, tolerance: float) -> np.ndarray:
@@ -193,21 +197,28 @@ def span(
 
   Args:
     groups: number of the group of each leaf.
-    origin: the parameters that the coordinates are relative to.
-    vectors: the directions, leaves `[directions, ...]`. An axis is as long as
-      what is left of its vector, so that a coefficient of 1 goes as far as the
-      vector does, and no step of an optimizer far beyond where it came from.
+    origin: the parameters that the coordinates are relative to, leaves
+      `[seeds, ...]`.
+    vectors: the directions, leaves `[seeds, directions, ...]`. An axis is as
+      long as what is left of its vector, so that a coefficient of 1 goes as far
+      as the vector does, and no step of an optimizer far beyond where it came
+      from.
     tolerance: as in `gram_schmidt`; what float32 sums leave of the dot products
       is below it, and nothing else is.
 
   Returns:
-    The subspace.
+    The subspaces, leaves with an axis of seeds.
   """
   products = np.asarray(_gram(groups, vectors), np.float64)
-  weights = np.stack([gram_schmidt(one, tolerance) for one in products])
+  weights = np.stack(
+    [
+      np.stack([gram_schmidt(one, tolerance) for one in seed])
+      for seed in products
+    ]
+  )
   return Subspace(origin, vectors, jnp.asarray(weights, jnp.float32))
 
 
 def kept(space: Subspace) -> np.ndarray:
-  """Which directions do not degenerate, bool `[groups, directions]`."""
+  """Which directions do not degenerate, bool `[..., groups, directions]`."""
   return np.asarray(jnp.abs(space.weights).max(axis=-1) > 0)

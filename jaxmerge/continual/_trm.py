@@ -253,22 +253,29 @@ def direction_names(snapshots: int, augmented: bool) -> tuple[str, ...]:
   return (*names, *(f"snapshot {n}" for n in range(snapshots, 0, -1)))
 
 
-@jax.jit
 def directions(
   current: PyTree, expert: PyTree, path: PyTree, gradient: PyTree | None
 ) -> PyTree:
   """The directions from the network before the task, see `direction_names`.
 
   Args:
-    current: theta_m, the network before the task.
+    current: theta_m, the network before the task, leaves `[seeds, ...]`.
     expert: theta_t, the network after it.
-    path: leaves `[snapshots, ...]`.
+    path: leaves `[seeds, snapshots, ...]`.
     gradient: of the task's loss at the plain merge, or None.
 
   Returns:
-    Leaves `[directions, ...]`. The gradient is made as long as the way from the
-    last snapshot to the end.
+    Leaves `[seeds, directions, ...]`. The gradient is made as long as the way
+    from the last snapshot to the end.
   """
+  return _directions(current, expert, path, gradient)
+
+
+@jax.jit
+@jax.vmap
+def _directions(
+  current: PyTree, expert: PyTree, path: PyTree, gradient: PyTree | None
+) -> PyTree:
   vector = tree_lib.sub(expert, current)
   parts = [jax.tree.map(lambda leaf: leaf[None], vector)]
   if gradient is not None:

@@ -296,6 +296,7 @@ def trm(
   path: _path.Path = _PATH,
   coefficients: Training = merges.COEFFICIENTS,
   head: str = "seen",
+  alignment_head: str | None = None,
   **options: Any,
 ) -> Strategy:
   """Trajectory regularised merging; see `merges.trm`.
@@ -307,7 +308,8 @@ def trm(
     training: of the tasks.
     path: the snapshots.
     coefficients: settings of the optimisation of the coefficients.
-    head: classes that the losses are over, see `Learner`.
+    head: classes that the loss of the training is over, see `Learner`.
+    alignment_head: those of the merge's cross-entropy; None for the same.
     **options: of `merges.trm`.
 
   Returns:
@@ -316,7 +318,7 @@ def trm(
   return _strategy.compose(
     "trm",
     Learner(training, start="merged", head=head, path=path),
-    merge=merges.trm(coefficients, head=head, **options),
+    merge=merges.trm(coefficients, head=alignment_head or head, **options),
   )
 
 

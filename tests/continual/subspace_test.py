@@ -31,6 +31,16 @@ def _stacked(trees):
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def _span(groups, origin, directions):
+  """The subspace of one seed."""
+  space = _subspace.span(
+    groups,
+    jax.tree.map(lambda leaf: leaf[None], origin),
+    jax.tree.map(lambda leaf: leaf[None], _stacked(directions)),
+  )
+  return jax.tree.map(lambda leaf: leaf[0], space)
+
+
 def _axes(groups, space):
   """The axes of the coordinates, flat, in float64."""
   parts = []
@@ -62,7 +72,7 @@ class SubspaceTest(parameterized.TestCase):
       jax.tree.map(lambda a, b: a - 2 * b, directions[0], directions[2])
     )
     groups = (0, 0, 0)
-    space = _subspace.span(groups, origin, _stacked(directions))
+    space = _span(groups, origin, directions)
     rows = _axes(groups, space)
     _, r = np.linalg.qr(np.stack([_flat(one) for one in directions[:3]]).T)
     squares = np.append(np.diag(r) ** 2, 0)
@@ -80,7 +90,7 @@ class SubspaceTest(parameterized.TestCase):
     first = _tree(draws)
     near = jax.tree.map(lambda a, b: a + 0.05 * b, first, _tree(draws))
     groups = (0, 0, 0)
-    space = _subspace.span(groups, first, _stacked([first, near]))
+    space = _span(groups, first, [first, near])
     rows = _axes(groups, space)
     lengths = np.linalg.norm(rows, axis=1)
     self.assertLess(lengths[1], 0.1 * lengths[0])
@@ -101,7 +111,7 @@ class SubspaceTest(parameterized.TestCase):
     self.assertEqual(groups, (0, 1, 1))
     draws = np.random.default_rng(3)
     origin, *directions = (_tree(draws) for _ in range(3))
-    space = _subspace.span(groups, origin, _stacked(directions))
+    space = _span(groups, origin, directions)
     head = _axes(groups, space)[:, :6]
     np.testing.assert_allclose(head[0] @ head[1], 0, atol=1e-5)
     coefficients = jnp.array([[1.0, 0.0], [0.0, 0.0]])
@@ -119,7 +129,7 @@ class SubspaceTest(parameterized.TestCase):
     draws = np.random.default_rng(4)
     groups = (0, 1, 1)
     origin, *directions = (_tree(draws) for _ in range(4))
-    space = _subspace.span(groups, origin, _stacked(directions))
+    space = _span(groups, origin, directions)
 
     def value(params):
       return sum((leaf**3).sum() for leaf in jax.tree.leaves(params))

@@ -157,11 +157,11 @@ class LossTest(parameterized.TestCase):
     """Against the plain sum of the objectives, differentiated by JAX."""
     problem = _problem()
     step = _step(problem)
-    one = jax.tree.map(lambda leaf: leaf[0], (step.current, step.expert))
-    path = jax.tree.map(lambda leaf: leaf[0], step.path)
     groups = (0, 1)
-    space = _subspace.span(
-      groups, one[0], _trm.directions(*one, path, None), 0.02
+    vectors = _trm.directions(step.current, step.expert, step.path, None)
+    space = jax.tree.map(
+      lambda leaf: leaf[0],
+      _subspace.span(groups, step.current, vectors, 0.02),
     )
     images, labels = _problems.task_data(problem, 1)
     tasks = np.ones(len(labels), np.int32)
@@ -407,7 +407,9 @@ class MergeTest(parameterized.TestCase):
     problem = _problem()
     step = _step(problem)
     merge = merges.trm(FEW)
-    with self.assertRaisesRegex(ValueError, "task 1 has moved nothing"):
+    with self.assertRaisesRegex(
+      ValueError, "task 1 .seed 0. has moved nothing"
+    ):
       merge.update(problem, {}, step._replace(expert=step.current))
 
   @parameterized.parameters(
@@ -452,13 +454,13 @@ def _norm(problem, params):
 
 class DirectionTest(parameterized.TestCase):
   def test_names_are_in_the_order_of_the_directions(self):
-    current, expert = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
-    path = {"w": jnp.array([[1.0, 0.0], [2.0, 0.0]])}
-    gradient = {"w": jnp.array([0.0, 5.0])}
+    current, expert = {"w": jnp.zeros((1, 2))}, {"w": jnp.ones((1, 2))}
+    path = {"w": jnp.array([[[1.0, 0.0], [2.0, 0.0]]])}
+    gradient = {"w": jnp.array([[0.0, 5.0]])}
     found = _trm.directions(current, expert, path, gradient)
-    # The gradient is made as long as the task vector.
+    # The gradient is made as long as the last part of the way.
     np.testing.assert_allclose(
-      found["w"], [[1, 1], [0, -np.sqrt(2)], [2, 0], [1, 0]], rtol=1e-6
+      found["w"][0], [[1, 1], [0, -np.sqrt(2)], [2, 0], [1, 0]], rtol=1e-6
     )
     self.assertEqual(
       _trm.direction_names(2, True),
