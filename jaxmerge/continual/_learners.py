@@ -138,6 +138,8 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
     _path.check(learner.path)
   if learner.projection is not None:
     _projection.check(learner.projection)
+    if not learner.projection.release:
+      _check_projected(learner)
   if learner.signs is not None:
     _signs.check(learner.signs)
   if learner.adapter is not None:
@@ -165,6 +167,17 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
       "buffer. Give make_problem(replay=...), or choose a strategy that needs "
       "no data."
     )
+
+
+def _check_projected(learner: Learner) -> None:
+  """Raises ValueError for parts that a projected training has not."""
+  for name in ("rehearsal", "regularizer", "signs", "path", "adapter"):
+    if getattr(learner, name) is not None:
+      raise ValueError(
+        f"A projected training is over the task's labels alone, but the learner"
+        f" has {name}. Set release=True, so that the learner's own training"
+        " follows, or leave it out."
+      )
 
 
 def _check_adapter(learner: Learner, problem: _problem.Problem) -> None:
@@ -509,7 +522,7 @@ def learn(
     origin = problem.params
     if learner.adapter is not None:
       origin = jax.tree.map(jnp.zeros_like, start)
-    frozen["signs"] = _signs.data(problem, learner.signs, start, origin)
+    frozen["signs"] = _signs.data(problem, learner.signs, start, origin, task)
   transform = (
     problem.transform if rehearsal is not None and rehearsal.augment else None
   )
@@ -521,6 +534,7 @@ def learn(
     learner.adapter,
   )
   anchor, released = start, True
+  traces = []
   # The first task has nothing to spare.
   if learner.projection is not None and (
     task or not learner.projection.release
@@ -528,6 +542,7 @@ def learn(
     labels = frozen["labels"]
     result = _projected(learner, problem, state, task, start, rows, labels)
     anchor, released = result.params, learner.projection.release
+    traces.append(result.trace)
   if released:
     result = run(
       problem,
@@ -540,8 +555,13 @@ def learn(
       run_state or None,
       _last(learner),
     )
+    traces.append(result.trace)
   if problem.report is not None:
-    problem.report("training", task, result.trace)
+    trace = {
+      name: np.concatenate([one[name] for one in traces], axis=1)
+      for name in traces[0]
+    }
+    problem.report("training", task, trace)
   after = result.state or {}
   if regularizer is not None:
     state = state._replace(

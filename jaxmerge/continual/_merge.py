@@ -44,7 +44,7 @@ class Merge(NamedTuple):
     init: `init(problem) -> state`, before the first task.
     update: `update(problem, state, step) -> (merged, state)`.
     needs_replay: whether it looks at stored examples.
-    runs_network: whether it runs the network on data, for which it needs its
+    runs_network: whether it runs or aligns the network, for which it needs its
       parameters rather than adapters.
     needs_path: whether it needs snapshots of the expert's training.
   """

@@ -28,14 +28,20 @@ def became_coefficient(step: PyTree, new: PyTree, old: PyTree) -> jax.Array:
     old: F_old, the sum of those of the tasks before.
 
   Returns:
-    A scalar in [0, 1]; NaN where both products are zero.
+    A scalar in [0, 1]; NaN where the two products are not finite and positive,
+    or both zero.
 
   >>> print(became_coefficient({"w": 2.0}, {"w": 1.0}, {"w": 3.0}))
   0.25
   """
-  square = jax.tree.map(lambda leaf: jnp.asarray(leaf) ** 2, step)
-  own, others = tree_lib.dot(square, new), tree_lib.dot(square, old)
-  return own / (own + others)
+
+  def square(leaf: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.asarray(leaf).astype(jnp.asarray(like).dtype) ** 2
+
+  squares = jax.tree.map(square, step, new)
+  own, others = tree_lib.dot(squares, new), tree_lib.dot(squares, old)
+  share = own / (own + others)
+  return jnp.where(jnp.isfinite(own) & jnp.isfinite(others), share, jnp.nan)
 
 
 _coefficients = jax.jit(jax.vmap(became_coefficient))
@@ -107,7 +113,12 @@ def became(
     )
 
   def init(problem: _problem.Problem) -> _merge.State:
-    return {"fisher": jax.tree.map(jnp.zeros_like, problem.params)}
+    return {
+      "fisher": jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, tree_lib.accumulation_dtype(leaf)),
+        problem.params,
+      )
+    }
 
   def update(
     problem: _problem.Problem, state: _merge.State, step: _merge.Step
@@ -120,6 +131,7 @@ def became(
       _check_shares(np.asarray(shares), step.task)
       merged = _lerp(step.anchor, step.expert, shares)
     at_merge = fisher(problem, merged, step.task)
+    _check_fisher(at_merge, step.task)
     if problem.report is not None and shares is not None:
       problem.report("became", step.task, {"coefficient": np.asarray(shares)})
     return merged, {"fisher": tree_lib.add(state["fisher"], at_merge)}
@@ -130,6 +142,24 @@ def became(
   return _merge.Merge(
     f"became({', '.join(parts)})", init, update, runs_network=True
   )
+
+
+def _check_fisher(fisher: PyTree, task: int) -> None:
+  """Raises ValueError for a Fisher information that tells nothing."""
+  totals = np.asarray(_totals(fisher))
+  bad = np.flatnonzero(~(np.isfinite(totals) & (totals > 0)))
+  if bad.size:
+    raise ValueError(
+      f"The Fisher information of task {task} (seed {bad[0]}) is"
+      f" {'zero' if totals[bad[0]] == 0 else 'not finite'}. Take more samples,"
+      " or look whether the task's training has diverged."
+    )
+
+
+@jax.jit
+@jax.vmap
+def _totals(fisher: PyTree) -> jax.Array:
+  return jnp.stack([leaf.sum() for leaf in jax.tree.leaves(fisher)]).sum()
 
 
 def _check_shares(shares: np.ndarray, task: int) -> None:

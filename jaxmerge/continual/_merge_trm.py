@@ -31,8 +31,8 @@ COEFFICIENTS = _training.Training(
 
 def _check(**values: float) -> None:
   for name, value in values.items():
-    if not value >= 0:
-      raise ValueError(f"{name} must not be negative, got {value}.")
+    if not 0 <= value < float("inf"):
+      raise ValueError(f"{name} must not be negative, and finite; got {value}.")
 
 
 def trm(
@@ -69,9 +69,10 @@ def trm(
       + consistency * KL(old predictions || predictions), of the old classes
       + responsiveness * max(0, g - |gradient of the cross-entropy|)
 
-  with g = `target` times that norm at the plain merge. No earlier data and no
-  earlier network but theta_m are held, nothing else between tasks. To
-  `Problem.report` go the objectives at every step, the coefficients, the
+  with g = `target` times that norm at the plain merge, on `samples` examples; a
+  batch of the optimisation has a somewhat larger norm, by its noise. No earlier
+  data and no earlier network but theta_m are held, nothing else between tasks.
+  To `Problem.report` go the objectives at every step, the coefficients, the
   directions that degenerate, and the cosines of the merge and the snapshots.
 
   This is jaxmerge's own construction from the abstract of the paper, whose
@@ -92,7 +93,8 @@ def trm(
       those of the "task".
     samples: number of the task's examples that the gradient at the plain merge
       is taken of; None for all.
-    derivative: of the hinge, "finite_difference" or "forward_over_reverse".
+    derivative: of the hinge, "finite_difference" or "forward_over_reverse";
+      parameters of half types need the second.
     tolerance: directions of which the ones before leave less than this part are
       dropped.
 
@@ -145,6 +147,7 @@ def trm(
   ) -> tuple[PyTree, _merge.State]:
     if step.task == 0:
       return step.expert, state
+    _check_dtypes(step.current, derivative, responsiveness)
     fill = functools.partial(_problem.seed_axis, problem)
     share = _merge.share(weight, step.task)
     plain = tree_lib.lerp(step.current, step.expert, share)
@@ -228,6 +231,17 @@ def trm(
   return _merge.Merge(
     name, _merge.no_state, update, runs_network=True, needs_path=True
   )
+
+
+def _check_dtypes(
+  params: PyTree, derivative: str, responsiveness: float
+) -> None:
+  half = [leaf.dtype for leaf in jax.tree.leaves(params) if leaf.itemsize < 4]
+  if half and responsiveness and derivative == "finite_difference":
+    raise ValueError(
+      f"A finite difference is lost in parameters of {half[0]}: choose"
+      " derivative='forward_over_reverse'."
+    )
 
 
 def _check_moved(vectors: PyTree, task: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,11 +61,18 @@ def tunable_magmax(
   _check(preferences, similarity, target, samples)
   if preferences is not None:
     preferences = tuple(preferences)
-  if similarity is None and options:
-    raise ValueError(
-      f"Option {min(options)!r} is of a similarity: give similarity=..., or"
-      " leave it out."
-    )
+  known = inspect.signature(merging.task_preferences).parameters
+  for name in options:
+    if name not in known:
+      raise ValueError(
+        f"Unknown option {name!r}; those of a similarity are"
+        f" {', '.join(list(known)[3:])}."
+      )
+    if similarity is None:
+      raise ValueError(
+        f"Option {name!r} is of a similarity: give similarity=..., or leave it"
+        " out."
+      )
 
   def seen(
     problem: _problem.Problem, params: PyTree, examples: Mapping[str, Any]

@@ -32,6 +32,8 @@ def check(path: Path) -> None:
 
   >>> check(Path())
   """
+  if not isinstance(path.snapshots, int):
+    raise ValueError(f"snapshots must be an int, got {path.snapshots!r}.")
   if path.snapshots < 1:
     raise ValueError(
       "A trajectory without snapshots has no length: snapshots must be at"

@@ -14,6 +14,8 @@ from jaxmerge.continual import _problem, _training
 PyTree = Any
 Projectors = dict[str, jax.Array]
 _OTHERS = ("frozen", "free")
+# Part of the inputs' squared norm that float32 may have made.
+_ROUNDING = 1e-6
 
 
 class Projection(NamedTuple):
@@ -52,7 +54,7 @@ def check(projection: Projection) -> None:
 
   >>> check(Projection())
   """
-  if not 0 < projection.threshold <= 1 or projection.growth < 0:
+  if not 0 < projection.threshold <= 1 or not projection.growth >= 0:
     raise ValueError(
       "threshold must lie in (0, 1] and growth must not be negative, got "
       f"{projection.threshold} and {projection.growth}."
@@ -118,22 +120,28 @@ def grown(
   >>> grown(np.zeros((2, 2)), np.diag([9.0, 1.0]), 0.9).round(6).tolist()
   [[1.0, 0.0], [0.0, 0.0]]
   """
-  projector = projector.astype(np.float64)
   gram = gram.astype(np.float64)
+  basis = _range(projector.astype(np.float64))
+  projector = basis @ basis.T
   total = np.trace(gram)
   rest = np.eye(len(gram)) - projector
   values, vectors = np.linalg.eigh(rest @ gram @ rest)
-  values, vectors = values[::-1].clip(0), vectors[:, ::-1]
-  held = np.trace(projector @ gram)
-  # Rounding must not add a direction that holds nothing.
-  missing = threshold * total - held
-  if missing <= 1e-6 * total:
+  values, vectors = values[::-1], vectors[:, ::-1]
+  # Rounding must not add directions that hold nothing: those in P among them.
+  real = int((values > _ROUNDING * total).sum())
+  missing = threshold * total - np.trace(projector @ gram)
+  if missing <= _ROUNDING * total or not real:
     return projector
-  count = int(np.searchsorted(values.cumsum(), missing * (1 - 1e-9)) + 1)
-  chosen = vectors[:, :count]
-  # What is in P already, by rounding, must not be added again.
-  chosen, _ = np.linalg.qr(rest @ chosen)
-  return projector + chosen @ chosen.T
+  sums = values[:real].cumsum()
+  enough = np.flatnonzero(sums >= missing - _ROUNDING * total)
+  count = int(enough[0]) + 1 if enough.size else real
+  return projector + vectors[:, :count] @ vectors[:, :count].T
+
+
+def _range(projector: np.ndarray) -> np.ndarray:
+  """An orthonormal basis of what a projector keeps, rounded or not."""
+  values, vectors = np.linalg.eigh((projector + projector.T) / 2)
+  return vectors[:, values > 0.5]
 
 
 def after_task(

@@ -26,12 +26,16 @@ class Signs(NamedTuple):
     period: number of steps between two alignments.
     fraction: the part of the entries, the largest ones of the start, whose
       signs are held, in (0, 1].
+    scope: whether the fraction is of each "leaf", or of the "vector" as a
+      whole. The two factors of an adapter are of different sizes: of the whole,
+      the largest entries are nearly all in the one that begins at random.
     reset: what an entry of the other sign becomes: "zero", or "global" for
       what it was at the start.
   """
 
   period: int = 10
   fraction: float = 0.5
+  scope: str = "leaf"
   reset: str = "zero"
 
 
@@ -44,6 +48,8 @@ def check(signs: Signs) -> None:
     raise ValueError(f"period must be at least 1 step, got {signs.period}.")
   if not 0 < signs.fraction <= 1:
     raise ValueError(f"fraction must lie in (0, 1], got {signs.fraction}.")
+  if signs.scope not in ("leaf", "vector"):
+    raise ValueError(f"Unknown scope {signs.scope!r}. Choose leaf or vector.")
   if signs.reset not in _RESETS:
     raise ValueError(
       f"Unknown reset {signs.reset!r}. Choose {' or '.join(_RESETS)}."
@@ -51,7 +57,11 @@ def check(signs: Signs) -> None:
 
 
 def data(
-  problem: _problem.Problem, signs: Signs, start: PyTree, origin: PyTree
+  problem: _problem.Problem,
+  signs: Signs,
+  start: PyTree,
+  origin: PyTree,
+  task: int,
 ) -> dict[str, PyTree]:
   """What the alignment of one task's training needs to know.
 
@@ -60,19 +70,22 @@ def data(
     signs: the settings.
     start: G, where the training starts, leaves with an axis of seeds.
     origin: what signs are relative to.
+    task: number of the task; before the first one nothing has been learned that
+      could be held.
 
   Returns:
     `sign`, int8, 0 where any will do; `origin`; `value` to reset to.
   """
-  sign = _problem.per_seed(
-    problem,
-    lambda start, origin: jax.tree.map(
-      lambda kept: jnp.sign(kept).astype(jnp.int8),
-      merging.keep(tree_lib.sub(start, origin), signs.fraction),
-    ),
-    start,
-    origin,
-  )
+
+  def largest(start: PyTree, origin: PyTree) -> PyTree:
+    vector = tree_lib.sub(start, origin)
+    kept = merging.keep(vector, signs.fraction, scope=signs.scope)
+    return jax.tree.map(lambda leaf: jnp.sign(leaf).astype(jnp.int8), kept)
+
+  if task:
+    sign = _problem.per_seed(problem, largest, start, origin)
+  else:
+    sign = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int8), start)
   return {
     "sign": sign,
     "origin": origin,

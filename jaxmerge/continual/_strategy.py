@@ -276,6 +276,11 @@ def compose(
       " fine-tuning, or a merge that runs the network, is not there for them."
       " Leave the adapter out, or choose another merge."
     )
+  if merge is not None and merge.needs_path and learner.start != "merged":
+    raise ValueError(
+      f"The merge {merge.name} merges a task's training with where it started:"
+      " give the learner start='merged'."
+    )
   if merge is not None and merge.needs_path and learner.path is None:
     raise ValueError(
       f"The merge {merge.name} needs snapshots of the training: give the"
@@ -376,13 +381,15 @@ def compose(
   ) -> StrategyState:
     if not measured(problem, task):
       return state
+    # A checkpoint gives arrays of NumPy.
+    state = jax.tree.map(jnp.asarray, state)
     buffer = state.buffer
     if learner.rows == "buffer" and buffer is not None:
       buffer = _store(problem, buffer, task, state.current)
       state = state._replace(buffer=buffer)
     _learners.report_start(learner, problem, start_of(problem, state), task)
     clock = _Clock(problem, task)
-    anchor = path = None
+    anchor, path = start_of(problem, state), None
     if shared:
       expert, held = problem.once(
         f"experts/{label}/task-{task}",
@@ -433,14 +440,15 @@ def compose(
   ) -> dict[str, int]:
     seeds = problem.num_seeds
     networks = nbytes((state.current, state.learner)) // seeds
-    if learner.adapter is not None:
-      networks += nbytes(problem.params) // seeds  # What they are added to.
+    if learner.adapter is not None or learner.signs is not None:
+      # What adapters are added to, and what signs are relative to.
+      networks += nbytes(problem.params) // seeds
     if learner.start == "last" and merge is None and finetune is None:
       networks -= nbytes(state.current) // seeds  # One and the same.
     # Slots of networks that have not come yet are not held.
     held = nbytes(state.experts)
     if isinstance(state.merge, dict) and "experts" in state.merge:
-      held += nbytes(state.merge["experts"])
+      held += nbytes(state.merge)
     else:
       networks += nbytes(state.merge) // seeds
     networks += held // seeds * tasks // problem.num_tasks

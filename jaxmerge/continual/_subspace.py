@@ -85,6 +85,11 @@ def group_numbers(names: Sequence[str]) -> tuple[int, ...]:
   return tuple(order.index(name) for name in names)
 
 
+# Accelerators multiply in less than float32 by default, and directions that are
+# nearly parallel have large weights of both signs.
+_small = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 def _by_group(groups: tuple[int, ...], parts: Sequence[jax.Array]) -> jax.Array:
   """Sums what the leaves have, group by group, `[groups, ...]`."""
   sums: list[Any] = [0.0] * (max(groups) + 1)
@@ -115,7 +120,7 @@ def coordinates(
   That of a gradient is the gradient with respect to the coefficients.
   """
   dots = _dots(groups, space.vectors, vector)
-  return jnp.einsum("gij,gj->gi", space.weights, dots)
+  return _small("gij,gj->gi", space.weights, dots)
 
 
 def moved(
@@ -131,7 +136,7 @@ def moved(
   Returns:
     The parameters.
   """
-  shares = jnp.einsum("gi,gij->gj", coefficients, space.weights)
+  shares = _small("gi,gij->gj", coefficients, space.weights)
   leaves, structure = jax.tree.flatten(space.origin)
   vectors = jax.tree.leaves(space.vectors)
   made = []

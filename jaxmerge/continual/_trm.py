@@ -171,8 +171,8 @@ def loss_fn(
     derivative: see `norm_gradient`.
 
   Returns:
-    `loss(coefficients, context)`. All terms are reported, but only those of
-    `terms` are computed.
+    `loss(coefficients, context)`. The terms there are are reported, and the
+    cross-entropy always.
   """
 
   def loss(coefficients: jax.Array, context: training.Context) -> Any:

@@ -188,7 +188,9 @@ def project() -> optax.GradientTransformationExtraArgs:
         return leaf * given["free"].astype(leaf.dtype)
       matrix = projectors[name].astype(leaf.dtype)
       rows = leaf.reshape(len(matrix), -1)
-      return (rows - matrix @ rows).reshape(leaf.shape)
+      # Accelerators multiply in less than float32 by default.
+      held = jnp.matmul(matrix, rows, precision=jax.lax.Precision.HIGHEST)
+      return (rows - held).reshape(leaf.shape)
 
     names = tree_lib.leaf_names(updates)
     leaves, structure = jax.tree.flatten(updates)

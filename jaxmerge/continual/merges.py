@@ -104,7 +104,12 @@ def running(
 
   parts = [str(weight), *([align] if align else [])]
   parts += [f"{name}={value}" for name, value in sorted(options.items())]
-  return Merge(f"running({', '.join(parts)})", _merge.no_state, update)
+  return Merge(
+    f"running({', '.join(parts)})",
+    _merge.no_state,
+    update,
+    runs_network=align is not None,
+  )
 
 
 def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:

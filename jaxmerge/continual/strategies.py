@@ -539,4 +539,7 @@ def get(name: str, **options: Any) -> Strategy:
       f"Unknown option {unknown[0]!r} of {name}; choose from "
       f"{', '.join(known)}."
     )
-  return make(**options)
+  try:
+    return make(**options)
+  except TypeError as error:
+    raise ValueError(f"Strategy {name}: {error}") from error

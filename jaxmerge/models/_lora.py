@@ -41,8 +41,10 @@ class Lora(NamedTuple):
 def _num_in(name: str, shape: tuple[int, ...]) -> int:
   """How many axes of a kernel are its inputs'."""
   if len(shape) == 3:
-    # Flax's attention has kernels [in, heads, dim] and [heads, dim, out].
-    return 2 if name.split("/")[-2:-1] == ["out"] else 1
+    # Flax's attention has kernels [in, heads, dim] and [heads, dim, out], a
+    # convolution [width, in, out].
+    layer = "".join(name.split("/")[-2:-1])
+    return 2 if layer == "out" or layer.startswith("Conv") else 1
   return max(1, len(shape) - 1)
 
 
@@ -133,7 +135,8 @@ def lora_apply(lora: Lora, params: PyTree, adapters: Adapters) -> PyTree:
     respect to both arguments flow.
 
   Raises:
-    ValueError: an adapter is of no kernel, or of one of another shape.
+    ValueError: an adapter is of no kernel, of one of another shape, or of
+      another rank.
 
   >>> params = {"kernel": jnp.zeros((2, 2))}
   >>> adapters = {"kernel": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}
@@ -159,6 +162,11 @@ def lora_apply(lora: Lora, params: PyTree, adapters: Adapters) -> PyTree:
       raise ValueError(
         f"The adapter of {name!r} is of a kernel [{a.shape[0]}, {b.shape[1]}],"
         f" but the network's is {list(leaf.shape)}."
+      )
+    if a.shape[1] != lora.rank or b.shape[0] != lora.rank:
+      raise ValueError(
+        f"The adapter of {name!r} has the rank {a.shape[1]}, the settings have"
+        f" {lora.rank}: they must be those that it was made by."
       )
     product = jnp.asarray(scale, leaf.dtype) * (a @ b).astype(leaf.dtype)
     return leaf + product.reshape(leaf.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 
 import chex
 import jax
@@ -12,12 +13,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import optimize
 
-from jaxmerge import continual, merging, models
+from jaxmerge import checkpoints, continual, merging, models
 from jaxmerge.continual import (
   _merge_became,
   _projection,
   _signs,
   merges,
+  regularizers,
   strategies,
 )
 from tests.continual import _problems
@@ -189,6 +191,21 @@ class BecameTest(parameterized.TestCase):
       ValueError, "task 1 .seed 0. is not finite, or"
     ):
       merge.update(problem, state, same)
+    endless = jax.tree.map(lambda leaf: leaf * jnp.inf, problem.params)
+    with self.assertRaisesRegex(ValueError, "task 0 .seed 0. is not finite"):
+      merge.update(
+        problem, state, merges.Step(problem.params, endless, 0, rows, endless)
+      )
+    coefficient = _merge_became.became_coefficient
+    self.assertTrue(np.isnan(coefficient(1.0, 1.0, jnp.inf)))
+    # The same logits for all inputs: no parameter matters.
+    silent = dataclasses.replace(
+      problem, logits_fn=lambda params, x: jnp.zeros((len(x), 6))
+    )
+    with self.assertRaisesRegex(ValueError, "task 0 .seed 0. is zero"):
+      merge.update(
+        silent, state, merges.Step(problem.params, problem.params, 0, rows)
+      )
     for options, message in (
       ({"labels": "none"}, "labels 'none'"),
       ({"reduction": "max"}, "reduction 'max'"),
@@ -226,6 +243,28 @@ class ProjectionTest(parameterized.TestCase):
     )
     again = _projection.grown(projector, first.T @ first, 1.0)
     np.testing.assert_allclose(again, projector, atol=1e-7)
+
+  @parameterized.parameters((64, 5), (64, 64), (24, 3))
+  def test_stays_a_projector(self, size, rank):
+    """Over many tasks, rounded to float32 between them."""
+    draws = np.random.default_rng(9)
+    projector = np.zeros((size, size), np.float32)
+    for task in range(16):
+      inputs = draws.normal(size=(125, rank)) @ draws.normal(size=(rank, size))
+      inputs = inputs.astype(np.float32)
+      before = projector
+      gram = inputs.T @ inputs
+      threshold = min(1.0, 0.97 + 0.003 * task)
+      projector = _projection.grown(before, gram, threshold)
+      values = np.linalg.eigvalsh(projector)
+      self.assertLess(np.abs(values - values.round()).max(), 1e-5)
+      self.assertBetween(values.round().max(), 1, 1)
+      self.assertGreaterEqual(
+        np.trace(projector @ gram), (threshold - 1e-5) * np.trace(gram)
+      )
+      # What was spared stays spared.
+      np.testing.assert_allclose(projector @ before, before, atol=1e-4)
+      projector = projector.astype(np.float32)
 
   @parameterized.parameters("sgd", "adam")
   def test_what_earlier_tasks_see_stays(self, optimizer):
@@ -307,7 +346,9 @@ class PamTest(parameterized.TestCase):
     )
     for reset, value in (("zero", origin), ("global", start)):
       signs = continual.Signs(fraction=0.25, reset=reset)
-      found = _signs.data(problem, signs, start, origin)
+      none = _signs.data(problem, signs, start, origin, 0)
+      self.assertFalse(none["sign"]["out"]["kernel"].any())
+      found = _signs.data(problem, signs, start, origin, 1)
       chex.assert_trees_all_equal(found["value"], value)
       for seed in range(2):
         vector = _kernel(start, seed) - _kernel(origin, seed)
@@ -316,6 +357,20 @@ class PamTest(parameterized.TestCase):
           found["sign"]["out"]["kernel"][seed],
           np.where(np.abs(vector) >= bound, np.sign(vector), 0),
         )
+
+  @parameterized.parameters(("leaf", (5, 5)), ("vector", (10, 0)))
+  def test_scope_of_the_fraction(self, scope, expected):
+    problem = _problem()
+    draws = np.random.default_rng(8)
+    start = {
+      "large": jnp.asarray(draws.normal(size=(2, 10)) + 9, jnp.float32),
+      "small": jnp.asarray(0.01 * draws.normal(size=(2, 10)), jnp.float32),
+    }
+    origin = jax.tree.map(jnp.zeros_like, start)
+    signs = continual.Signs(fraction=0.5, scope=scope)
+    found = _signs.data(problem, signs, start, origin, 1)["sign"]
+    counts = tuple(int((found[n][0] != 0).sum()) for n in ("large", "small"))
+    self.assertEqual(counts, expected)
 
   def test_global_adapter_is_the_mean(self):
     """Against the same training by hand, its signs held by hand."""
@@ -426,6 +481,7 @@ class PamTest(parameterized.TestCase):
       ({"period": 0}, "period must be at least 1"),
       ({"fraction": 0.0}, "fraction must lie"),
       ({"reset": "one"}, "reset 'one'"),
+      ({"scope": "layer"}, "scope 'layer'"),
     ):
       strategy = strategies.get(
         "pam", training=BRIEF, adapter=None, signs=continual.Signs(**options)
@@ -502,6 +558,91 @@ class TunableTest(parameterized.TestCase):
         merges.tunable_magmax(**options)
     with self.assertRaisesRegex(ValueError, "2 preferences for 3 tasks"):
       strategies.get("tunable_magmax", preferences=(1, 1)).init(problem)
+
+
+class StrategyTest(parameterized.TestCase):
+  @parameterized.parameters("became", "pam", "trm", "tunable_magmax")
+  def test_resumed_is_unbroken(self, name):
+    problem = _problem()
+    options = {
+      "pam": {"adapter": LORA},
+      "trm": {"path": continual.Path(2)},
+    }.get(name, {})
+    strategy = strategies.get(name, training=BRIEF, **options)
+    states = [strategy.init(problem)]
+    for task in range(2):
+      states.append(strategy.observe(problem, states[-1], task))
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      checkpoints.Store(folder) as store,
+    ):
+      store.save(1, states[1], {})
+      store.wait()
+      _, found, _ = store.restore(strategy.init(problem))
+    again = strategy.observe(problem, found, 1)
+    chex.assert_trees_all_equal(
+      strategy.params(problem, again), strategy.params(problem, states[2])
+    )
+
+  @parameterized.parameters("became", "gpm", "pam", "trm", "tunable_magmax")
+  def test_half_types(self, name):
+    base = _problem()
+    problem = continual.make_problem(
+      base.stream,
+      lambda params, images: _problems.hidden_fn(
+        params, images.astype(jnp.bfloat16)
+      ).astype(jnp.float32),
+      jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base.params),
+      keys=base.keys,
+    )
+    options = {
+      "pam": {"adapter": LORA},
+      "trm": {
+        "path": continual.Path(2),
+        "derivative": "forward_over_reverse",
+      },
+    }.get(name, {})
+    strategy = strategies.get(
+      name,
+      training=Training(0.05, optimizer="adam", epochs=1, batch_size=8),
+      **options,
+    )
+    state = _problems.observe(strategy, problem, 2)
+    params = strategy.params(problem, state)
+    chex.assert_trees_all_equal_dtypes(params, problem.params)
+    chex.assert_tree_all_finite(params)
+    if name == "trm":
+      blind = strategies.get(name, training=BRIEF, path=continual.Path(2))
+      with self.assertRaisesRegex(ValueError, "lost in parameters of bfloat16"):
+        _problems.observe(blind, problem, 2)
+
+  def test_parts_that_do_not_go_together(self):
+    problem = _problem()
+    only = Projection(release=False)
+    for more in (
+      {"signs": continual.Signs()},
+      {"path": continual.Path(1)},
+      {"regularizer": regularizers.ewc(1.0)},
+    ):
+      learner = continual.Learner(BRIEF, projection=only, **more)
+      with self.assertRaisesRegex(ValueError, f"has {next(iter(more))}"):
+        continual.compose("x", learner).init(problem)
+    learner = continual.Learner(BRIEF, start="last", path=continual.Path(1))
+    with self.assertRaisesRegex(ValueError, "start='merged'"):
+      continual.compose("x", learner, merge=merges.trm())
+    adapted = continual.Learner(BRIEF, adapter=LORA)
+    with self.assertRaisesRegex(ValueError, "runs the network"):
+      continual.compose("x", adapted, merge=merges.running(align="weights"))
+    for name in ("trm", "became", "tunable_magmax"):
+      with self.assertRaisesRegex(ValueError, "bogus"):
+        strategies.get(name, bogus=1)
+
+  def test_merge_of_shared_networks_knows_the_start(self):
+    problem = _problem()
+    strategy = continual.compose(
+      "x", continual.Learner(BRIEF, start="last"), merge=merges.became()
+    )
+    chex.assert_tree_all_finite(_problems.observe(strategy, problem, 2).current)
 
 
 class StatisticsTest(absltest.TestCase):

@@ -172,6 +172,7 @@ class DigitsTest(parameterized.TestCase):
     page = (self.root / "docs/results/trm.md").read_text()
     self.assertIn("jaxmerge's own construction", page)
     self.assertIn("| cifar10 | naive |", page)
+    self.assertIn("the best merge beside it, `avg_", page)
     self.assertIn("of 2 |", page)
     self.assertIn("(../images/trm-digits.png)", page)
     kept = json.loads((self.root / "experiments/results/trm.json").read_text())

@@ -38,6 +38,7 @@ class LoraTest(parameterized.TestCase):
     ("Attention/query/kernel", (6, 2, 3), (6, 6)),
     ("Attention/out/kernel", (2, 3, 6), (6, 6)),
     ("Conv_0/kernel", (3, 3, 2, 5), (18, 5)),
+    ("Conv_1/kernel", (3, 2, 5), (6, 5)),
   )
   def test_product(self, name, shape, sizes):
     draws = np.random.default_rng(0)
@@ -126,6 +127,10 @@ class LoraTest(parameterized.TestCase):
     adapters = models.lora_init(lora, key, params)
     with self.assertRaisesRegex(ValueError, "'Dense_0/kernel', which is no"):
       models.lora_apply(lora, {"other": jnp.ones((4, 3))}, adapters)
+    with self.assertRaisesRegex(
+      ValueError, "has the rank 1, the settings have 2"
+    ):
+      models.lora_apply(lora._replace(rank=2), params, adapters)
     wider = {"Dense_0": {"kernel": jnp.ones((4, 5))}}
     with self.assertRaisesRegex(ValueError, r"\[4, 3\].*\[4, 5\]"):
       models.lora_apply(lora, wider, adapters)
