@@ -430,7 +430,9 @@ class MergeTest(parameterized.TestCase):
 
   def test_needs_a_path(self):
     with self.assertRaisesRegex(ValueError, r"give the learner path=Path"):
-      continual.compose("x", continual.Learner(TRAIN), merge=merges.trm())
+      continual.compose(
+        "x", continual.Learner(TRAIN, start="merged"), merge=merges.trm()
+      )
     with self.assertRaisesRegex(ValueError, "without snapshots has no length"):
       _strategy(path=continual.Path(0)).init(_problem())
     with self.assertRaisesRegex(
