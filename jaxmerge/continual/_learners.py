@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,19 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxmerge import models, training
 from jaxmerge.continual import (
-  _examples,
   _gradient,
   _objective,
   _path,
   _problem,
   _projection,
+  _run,
   _signs,
   _training,
-  _updates,
   regularizers,
 )
 from jaxmerge.continual import replay as replay_lib
@@ -244,16 +241,6 @@ def init(learner: Learner, problem: _problem.Problem) -> LearnerState:
   )
 
 
-@functools.lru_cache(maxsize=16)
-def _draw(batch_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Places of stored examples, two batches a step."""
-
-  def draw(key: jax.Array, step: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(key, step), (2, batch_size))
-
-  return draw
-
-
 def replay_example(
   problem: _problem.Problem, soft: bool = False
 ) -> dict[str, Any]:
@@ -340,89 +327,6 @@ def _rehearse(
   return names, data
 
 
-def run(
-  problem: _problem.Problem,
-  settings: _training.Training,
-  terms: _objective.Terms,
-  params: PyTree,
-  rows: np.ndarray,
-  frozen: Data,
-  keys: jax.Array,
-  state: PyTree = None,
-  last: _training.Last | None = None,
-) -> training.TrainResult:
-  """Trains on some rows of the problem's training pool.
-
-  Args:
-    problem: the problem.
-    settings: optimizer, length and batch size.
-    terms: what the loss is made of.
-    params: where to start.
-    rows: int32 `[seeds, n]`.
-    frozen: data of the terms.
-    keys: PRNG keys, one a seed.
-    state: state of the run, where the terms need one.
-    last: the last of the optimizer's transformations, None for none.
-
-  Returns:
-    The result, with the axis of seeds.
-  """
-  plan = _training.plan(settings, rows, last)
-  data, indices = _examples.of_run(problem, plan.rows, keys, settings.augment)
-  return training.train(
-    _objective.loss_fn(problem.logits_fn, terms),
-    params,
-    data,
-    optimizer=plan.optimizer,
-    epochs=plan.epochs,
-    batch_size=plan.batch_size,
-    keys=keys,
-    frozen=frozen,
-    state=state,
-    indices=indices,
-    transform=problem.transform if settings.augment else None,
-    draw=_draw(terms.replay_batch) if terms.replay_batch else None,
-    devices=problem.train.devices,
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Last:
-  """What comes last in the optimizer; hashable, see `_training.Last`."""
-
-  signs: _signs.Signs | None
-  path: _path.Path | None
-
-  def __call__(
-    self, steps: int
-  ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
-    """The transformations, the one that keeps the path last."""
-    found = []
-    if self.signs is not None:
-      found.append(_updates.align_signs(self.signs.period))
-    if self.path is not None:
-      found.append(_path.transformation(self.path, steps))
-    return tuple(found)
-
-
-def _last(learner: Learner) -> _training.Last | None:
-  if learner.signs is None and learner.path is None:
-    return None
-  return _Last(learner.signs, learner.path)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Projected:
-  """The last transformation of a projected training."""
-
-  def __call__(
-    self, steps: int
-  ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
-    """The projection."""
-    del steps
-    return (_updates.project(),)
-
-
 def report_start(
   learner: Learner, problem: _problem.Problem, start: PyTree, task: int
 ) -> None:
@@ -453,7 +357,7 @@ def _projected(
   """The training whose steps spare the tasks before."""
   projection = learner.projection
   assert projection is not None
-  return run(
+  return _run.run(
     problem,
     projection.training or learner.training,
     _objective.Terms(),
@@ -464,7 +368,7 @@ def _projected(
       "projection": _projection.data(projection, state.projection, task),
     },
     problem.keys_for("projection", task),
-    last=_Projected(),
+    last=_run.Projected(),
   )
 
 
@@ -543,8 +447,11 @@ def learn(
     result = _projected(learner, problem, state, task, start, rows, labels)
     anchor, released = result.params, learner.projection.release
     traces.append(result.trace)
+  last = None
+  if learner.signs is not None or learner.path is not None:
+    last = _run.Last(learner.signs, learner.path)
   if released:
-    result = run(
+    result = _run.run(
       problem,
       learner.training,
       terms,
@@ -553,7 +460,7 @@ def learn(
       frozen,
       problem.keys_for("learner", task),
       run_state or None,
-      _last(learner),
+      last,
     )
     traces.append(result.trace)
   if problem.report is not None:

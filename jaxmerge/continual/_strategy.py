@@ -18,6 +18,7 @@ from jaxmerge.continual import (
   _learners,
   _objective,
   _problem,
+  _run,
   _training,
   merges,
 )
@@ -188,7 +189,7 @@ def _finetuned(
     }
     names.append("distill")
   tuned = [
-    _learners.run(
+    _run.run(
       problem,
       finetune.training,
       _objective.Terms(tuple(names)),

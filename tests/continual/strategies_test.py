@@ -17,6 +17,7 @@ from jaxmerge import checkpoints, continual, models, training
 from jaxmerge.continual import (
   _learners,
   _objective,
+  _run,
   merges,
   regularizers,
   strategies,
@@ -451,7 +452,7 @@ class StrategyTest(parameterized.TestCase):
   def test_iterations(self):
     problem = _problems.problem(capacity=0)
     settings = Training(0.05, iterations=7, batch_size=8)
-    result = _learners.run(
+    result = _run.run(
       problem,
       settings,
       _objective.Terms(),
