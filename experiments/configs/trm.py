@@ -198,7 +198,7 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
         "trm": {
           "alignment_head": "seen",
           "weight": 1.0,
-          "consistency": 1.0,
+          "consistency": 1.0 if small else 5.0,
           "temperature": 1.0,
           "samples": 100,
           "coefficients": _coefficients(10, 32),

@@ -145,13 +145,11 @@ class ObjectiveTest(parameterized.TestCase):
 
 
 class LossTest(parameterized.TestCase):
-  @parameterized.product(
-    terms=(
-      ("alignment",),
-      ("alignment", "consistency"),
-      ("alignment", "consistency", "responsiveness"),
-    ),
-    threshold=(0.0, 50.0),
+  @parameterized.parameters(
+    (("alignment",), 0.0),
+    (("alignment", "consistency"), 0.0),
+    (("alignment", "consistency", "responsiveness"), 0.0),
+    (("alignment", "consistency", "responsiveness"), 50.0),
   )
   def test_gradient_is_that_of_the_sum(self, terms, threshold):
     """Against the plain sum of the objectives, differentiated by JAX."""
