@@ -36,7 +36,7 @@ def _check(**values: float) -> None:
 
 
 def trm(
-  training_: _training.Training = COEFFICIENTS,
+  coefficients: _training.Training = COEFFICIENTS,
   *,
   weight: str | float = 0.5,
   granularity: str = "global",
@@ -79,10 +79,11 @@ def trm(
   equations are not public.
 
   Args:
-    training_: settings of the optimisation of the coefficients.
+    coefficients: settings of the optimisation of the coefficients.
     weight: w of the plain merge, a number or "1/t".
     granularity: whether the coefficients are "global", or there are some for
-      each "layer", or each "leaf"; see `jaxmerge.continual` on names.
+      each "layer" (leaves whose names agree up to the first part with a
+      number), or each "leaf".
     augment_subspace: whether the negative gradient is among the directions.
     alignment: weight of the cross-entropy.
     consistency: weight of the divergence.
@@ -110,7 +111,7 @@ def trm(
   True
   """
   _merge.check_weight(weight)
-  _training.check(training_, "coefficients")
+  _training.check(coefficients, "coefficients")
   _check(
     alignment=alignment,
     consistency=consistency,
@@ -183,10 +184,10 @@ def trm(
       "reach": _trm.reach(space.vectors),
     }
     rows = problem.rows_of([step.task])
-    plan = _training.plan(training_, rows)
+    plan = _training.plan(coefficients, rows)
     keys = problem.keys_for("trm", step.task)
     data, indices = _examples.of_run(
-      problem, plan.rows, keys, training_.augment
+      problem, plan.rows, keys, coefficients.augment
     )
     result = training.train(
       _trm.loss_fn(problem.logits_fn, groups, terms, derivative),
@@ -198,7 +199,7 @@ def trm(
       keys=keys,
       frozen=frozen,
       indices=indices,
-      transform=problem.transform if training_.augment else None,
+      transform=problem.transform if coefficients.augment else None,
       devices=problem.train.devices,
     )
     merged = _moved(groups)(space, result.params)

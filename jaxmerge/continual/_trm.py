@@ -171,8 +171,8 @@ def loss_fn(
     derivative: see `norm_gradient`.
 
   Returns:
-    `loss(coefficients, context)`. The terms there are are reported, and the
-    cross-entropy always.
+    `loss(coefficients, context)`, whose metrics are the values of `terms`, and
+    of the cross-entropy always.
   """
 
   def loss(coefficients: jax.Array, context: training.Context) -> Any:
