@@ -138,11 +138,12 @@ def _embedders(
     if ids.shape[1] != length or rows > 0.9 * len(ids):
       return plain(params, ids)
     packing = models.pack_texts(mask, rows)
-    # A batch that does not fit is computed with its padding.
+    # A batch that does not fit is computed with its padding. It keeps nothing
+    # for the gradient: either way would have to fill the other one's with 0.
     return jax.lax.cond(
       packing.fits,
       lambda: run(params, ids, packing),
-      lambda: run(params, ids, mask),
+      jax.checkpoint(lambda: run(params, ids, mask)),
     )
 
   return embed, plain

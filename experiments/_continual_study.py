@@ -52,6 +52,42 @@ def _stream(
   )
 
 
+def split(
+  stream: streams.Stream, per_class: int, held_out: np.ndarray
+) -> streams.Stream:
+  """A stream that trains on some of its examples.
+
+  Args:
+    stream: the stream.
+    per_class: so many of each class, the first ones; 0 for all.
+    held_out: rows that are for validation, in place of the stream's own where
+      there are any.
+
+  Returns:
+    The stream.
+
+  Raises:
+    ValueError: `per_class` is negative.
+  """
+  if per_class < 0:
+    raise ValueError(f"per_class must be at least 0, got {per_class}.")
+  labels = stream.train["label"]
+  tasks = []
+  for task in stream.tasks:
+    rows = task.train[~np.isin(task.train, held_out)]
+    if per_class:
+      rows = np.sort(
+        np.concatenate(
+          [rows[labels[rows] == label][:per_class] for label in task.classes]
+        )
+      )
+    validation = task.validation
+    if held_out.size:
+      validation = task.train[np.isin(task.train, held_out)]
+    tasks.append(task._replace(train=rows, validation=validation))
+  return stream._replace(tasks=tuple(tasks))
+
+
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   """The first dictionary with the entries of the second, level by level."""
   whole = dict(first)

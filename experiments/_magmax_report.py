@@ -26,11 +26,15 @@ def _final(entries: list[dict[str, Any]]) -> str:
   return _mpf_report.cell(*_over_orders([one["accuracy"] for one in entries]))
 
 
-def _metric(entries: list[dict[str, Any]], name: str) -> str:
+def _measured(entries: list[dict[str, Any]], name: str) -> list[Any]:
+  """A metric in the class orders that it was measured in."""
   found = [one.get("metrics", {}).get(name) for one in entries]
-  if any(value is None for value in found):
-    return ""
-  return _mpf_report.cell(*_over_orders(found))
+  return [value for value in found if value is not None]
+
+
+def _metric(entries: list[dict[str, Any]], name: str) -> str:
+  found = _measured(entries, name)
+  return _mpf_report.cell(*_over_orders(found)) if found else ""
 
 
 def _scales(entries: list[dict[str, Any]]) -> str:
@@ -52,7 +56,12 @@ def table(results: Results) -> str:
   lines = [
     f"MagMax, {config['model']['source']} on {config['dataset']},"
     f" {config['num_tasks']} tasks, {len(config['orders'])} class orders;"
-    " accuracy % on the whole test set among all classes.",
+    " accuracy % on the whole test set among all classes."
+    + (
+      f" {config['per_class']} training examples a class."
+      if config["per_class"]
+      else ""
+    ),
     f"Hardware: {results['hardware']}; {results['seconds'] / 60:.0f} minutes of"
     " training.",
     "",
@@ -81,11 +90,12 @@ def table(results: Results) -> str:
     lines.append("| " + " | ".join(cells) + " |")
   lines += [
     "",
-    "Mean ± sample standard deviation over the class orders. Recipes are chosen"
-    " on the validation split of the first order, coefficients on that of each."
+    "Mean ± sample standard deviation over the class orders. Recipes and"
+    " coefficients are chosen on the validation split of the first order."
     " `independent` is the mean over the tasks of each one's own network on its"
     " own examples, which needs the task's number. After each task: the mean of"
-    " the accuracies over the tasks so far.",
+    " the accuracies over the tasks so far; it and forgetting are measured in"
+    f" {min(config['curve_orders'], len(config['orders']))} of the orders.",
   ]
   return "\n".join(lines) + "\n"
 
@@ -100,11 +110,9 @@ def plot(results: Results, workdir: pathlib.Path) -> None:
   figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
   drawn = False
   for name in results["order"]:
-    lines = [
-      one.get("metrics", {}).get("accuracies_over_tasks")
-      for one in results["rows"][name]["chosen"]
-    ]
-    if any(line is None for line in lines):
+    entries = results["rows"][name]["chosen"]
+    lines = _measured(entries, "accuracies_over_tasks")
+    if not lines:
       continue
     means = 100 * np.array(lines, np.float64).mean(axis=0)
     axes.plot(range(1, len(means) + 1), means, "o-", ms=3, label=name)

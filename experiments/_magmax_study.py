@@ -99,6 +99,10 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   for name in config.export:
     if not rows[name].rule:
       raise ValueError(f"export names {name!r}, which is no merge.")
+  if config.curve_orders < 0:
+    raise ValueError(
+      f"curve_orders must be at least 0, got {config.curve_orders}."
+    )
   if not config.grow > 1:
     raise ValueError(f"grow must be above 1, got {config.grow}.")
   if not config.recipes or not config.orders:
@@ -159,15 +163,7 @@ def stream(study: Study, order: int) -> streams.Stream:
   found = streams.class_incremental(
     back.pool, back.test, num_tasks=config.num_tasks, **options
   )
-  tasks = []
-  for task in found.tasks:
-    held_out = np.isin(task.train, back.held_out)
-    tasks.append(
-      task._replace(
-        train=task.train[~held_out], validation=task.train[held_out]
-      )
-    )
-  return found._replace(tasks=tuple(tasks))
+  return _continual_study.split(found, config.per_class, back.held_out)
 
 
 def problem(study: Study, order: int) -> continual.Problem:

@@ -99,27 +99,6 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
   return Study(config, made, make, count)
 
 
-def _fewer(
-  stream: streams.Stream, per_class: int, held_out: np.ndarray
-) -> streams.Stream:
-  """A stream whose tasks train on so many examples of each class."""
-  labels = stream.train["label"]
-  tasks = []
-  for task in stream.tasks:
-    rows = task.train[~np.isin(task.train, held_out)]
-    if per_class:
-      rows = np.sort(
-        np.concatenate(
-          [rows[labels[rows] == label][:per_class] for label in task.classes]
-        )
-      )
-    validation = task.validation
-    if held_out.size:
-      validation = task.train[np.isin(task.train, held_out)]
-    tasks.append(task._replace(train=rows, validation=validation))
-  return stream._replace(tasks=tuple(tasks))
-
-
 def _texts(
   config: ml_collections.ConfigDict, data_dir: str | None
 ) -> tuple[Callable[[int, pathlib.Path], Setting], int]:
@@ -132,7 +111,7 @@ def _texts(
     stream = streams.class_incremental(
       back.pool, back.test, num_tasks=config.num_tasks, seed=order
     )
-    stream = _fewer(stream, config.per_class, back.held_out)
+    stream = _continual_study.split(stream, config.per_class, back.held_out)
     problem = continual.make_problem(
       stream,
       back.logits_fn,
@@ -195,7 +174,9 @@ def _images(
       seed=order,
       validation=config.validation,
     )
-    stream = _fewer(stream, config.per_class, np.zeros(0, np.int32))
+    stream = _continual_study.split(
+      stream, config.per_class, np.zeros(0, np.int32)
+    )
     key = jax.random.fold_in(jax.random.key(0), order)
     problem = continual.make_problem(
       stream,

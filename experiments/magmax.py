@@ -237,6 +237,16 @@ class _Cell:
         found[name][variant] = best
     return found
 
+  def seconds(self, learner: str) -> list[float]:
+    """Seconds of training of each recipe of a learner that was trained."""
+    paths = sorted((self.folder / "seconds").glob(f"{learner}--*.json"))
+    return [float(json.loads(path.read_text())["seconds"]) for path in paths]
+
+  def drop_networks(self, learner: str) -> None:
+    """Removes the networks of a learner."""
+    for path in (self.folder / "networks").glob(f"{learner}--*"):
+      shutil.rmtree(path)
+
   def tests_of(
     self, learner: str, chosen: dict[str, dict[str, dict[str, Any]]]
   ) -> dict[str, Any]:
@@ -248,7 +258,8 @@ class _Cell:
 
     Returns:
       Row -> variant -> the choice, and the accuracy on each task at the end;
-      for rows in `curves` with the chosen coefficient also after each task.
+      for rows in `curves` with the chosen coefficient also after each task,
+      in the first `curve_orders`.
     """
 
     def make() -> dict[str, Any]:
@@ -299,7 +310,12 @@ class _Cell:
       for place, entry in entries.items():
         if place[0] == name:
           entry["accuracy"] = own
-    curves = [name for name in ends if name in self.study.config.curves]
+    config = self.study.config
+    curves = [
+      name
+      for name in ends
+      if name in config.curves and self.order < config.curve_orders
+    ]
     matrices = {
       place: np.full((total, total), np.nan)
       for place in wanted
@@ -400,33 +416,21 @@ def run(
         batch_size=config.eval_batch_size,
       ),
     )
-    recipes: dict[str, set[str]] = {}
+    # By the first class order: learner -> row -> variant -> choice.
+    chosen: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for order in range(len(config.orders)):
       cell = _Cell(study, order, folder, _teller(bar, order))
       for learner in _learners(study):
-        tried = _magmax_study.recipes(study, learner)
-        if order:
-          # The first order has chosen.
-          tried = tuple(one for one in tried if one in recipes[learner])
-        choices = cell.choices(learner, tried)
-        if order:
-          choices = _with_recipes(cell, learner, choices, rows)
-        else:
-          recipes[learner] = {
-            choice["recipe"]
-            for variants in choices.values()
-            for choice in variants.values()
-          }
-        for name, variants in cell.tests_of(learner, choices).items():
+        if not order:
+          tried = _magmax_study.recipes(study, learner)
+          chosen[learner] = cell.choices(learner, tried)
+        tests = cell.tests_of(learner, chosen[learner])
+        for name, variants in tests.items():
           for variant, entry in variants.items():
             rows[name][variant].append(entry)
-        for recipe in tried:
-          seconds.append(_seconds(cell, learner, recipe))
-          if not config.keep_experts:
-            shutil.rmtree(
-              cell.folder / "networks" / f"{learner}--{recipe}",
-              ignore_errors=True,
-            )
+        seconds += cell.seconds(learner)
+        if not config.keep_experts:
+          cell.drop_networks(learner)
         bar.update(1)
     results = {
       "config": _workdir.as_json(config),
@@ -449,29 +453,6 @@ def run(
 def _teller(bar: tqdm.tqdm, order: int) -> Callable[[str], None]:
   """Shows what is being done beside the progress bar."""
   return lambda text: bar.set_description(f"order {order} {text}")
-
-
-def _with_recipes(
-  cell: _Cell,
-  learner: str,
-  choices: dict[str, dict[str, dict[str, Any]]],
-  rows: dict[str, dict[str, list[Any]]],
-) -> dict[str, dict[str, dict[str, Any]]]:
-  """Choices of a later order: the first one's recipe, its own coefficient."""
-  found = {}
-  for name in choices:
-    found[name] = {
-      variant: cell.choices(learner, [rows[name][variant][0]["recipe"]])[name][
-        variant
-      ]
-      for variant in VARIANTS
-    }
-  return found
-
-
-def _seconds(cell: _Cell, learner: str, recipe: str) -> float:
-  path = cell.folder / "seconds" / f"{learner}--{recipe}.json"
-  return float(json.loads(path.read_text())["seconds"])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -95,6 +95,8 @@ def _base() -> ml_collections.ConfigDict:
   # Each a class order: a seed, -1 for the set's own order, or all classes.
   config.orders = (0, 1, 2)
   config.num_tasks = 10
+  # Training examples of each class, the first ones; 0 for all of them.
+  config.per_class = 50
   config.training = ml_collections.ConfigDict(
     {
       "optimizer": "adamw",
@@ -106,7 +108,8 @@ def _base() -> ml_collections.ConfigDict:
       "epochs": 2,
     }
   )
-  # What validation chooses from, for every row alike, on the first order.
+  # What validation chooses from, for every row alike, on the first order. So
+  # it does the coefficients.
   config.recipes = ml_collections.ConfigDict(
     {
       "lr-15e-5": {"learning_rate": 1.5e-4},
@@ -135,7 +138,8 @@ def _base() -> ml_collections.ConfigDict:
     }
   )
   config.rows = ml_collections.ConfigDict(_rows(), sort_keys=False)
-  # Rows that are measured after each task, too.
+  # Rows that are measured after each task, too, in the first class orders.
+  config.curve_orders = 1
   config.curves = (
     "sequential",
     "magmax",
@@ -179,7 +183,7 @@ def _of_images(name: str) -> ml_collections.ConfigDict:
   """CLIP's image encoder on one of the paper's sets."""
   config = _base()
   del config.length, config.buckets, config.logit_scale, config.templates
-  config.kind = "images"
+  config.kind, config.per_class = "images", 0
   config.dataset, config.splits, config.templates, epochs = _IMAGES[name]
   # The class order of the published code (github.com/danielm1405/magmax); it
   # has none for Cars, whose own order is taken.

@@ -79,7 +79,7 @@ def config(model, **fields):
   made = configs.get_config("clinc150-2-smoke")
   made.model.source = str(model)
   made.length, made.buckets = 6, (4, 5, 7)
-  made.orders = (0, 1)
+  made.orders, made.per_class, made.curve_orders = (0, 1), 0, 2
   made.training.batch_size, made.devices = 8, 1
   made.training.epochs = 4
   with made.unlocked():
