@@ -182,6 +182,30 @@ class MagmaxTest(_magmax.Folders):
         self.assertTrue((task.validation >= 80).all())
         self.assertLen(task.test, 20)
 
+  def test_some_examples_of_each_class(self):
+    study, whole = self.build(per_class=3), self.build()
+    labels = study.backbone.pool.labels
+    for some, task in zip(
+      _magmax_study.stream(study, 0).tasks,
+      _magmax_study.stream(whole, 0).tasks,
+      strict=True,
+    ):
+      expected = [
+        row
+        for label in task.classes
+        for row in [row for row in task.train if labels[row] == label][:3]
+      ]
+      self.assertEqual(some.train.tolist(), sorted(expected))
+      self.assertEqual(some.validation.tolist(), task.validation.tolist())
+
+  def test_later_orders_take_the_choices_of_the_first(self):
+    for name, row in self.results["rows"].items():
+      for variant, entries in row.items():
+        for field in ("recipe", "scale", "validation"):
+          values = {entry[field] for entry in entries}
+          self.assertLen(values, 1, (name, variant, field))
+    self.assertFalse(list(self.folder.glob("order-1/validation/*")))
+
   def test_class_orders(self):
     config_orders = (-1, (3, 1, 0, 2), 5)
     study = self.build(orders=config_orders)
@@ -210,6 +234,8 @@ class MagmaxTest(_magmax.Folders):
       {"recipes": {"a": {"learning_rate": -1.0}}},
       "learning rates must be positive",
     ),
+    ({"per_class": -1}, "per_class must be at least 0, got -1"),
+    ({"curve_orders": -1}, "curve_orders must be at least 0, got -1"),
   )
   def test_bad_configurations(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
