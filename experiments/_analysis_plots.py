@@ -49,10 +49,14 @@ def _conflicts(axes: Any, found: dict[str, Any]) -> None:
 
 
 def _consistency(axes: Any, found: dict[str, Any]) -> None:
-  numbers = np.array(found["consistency"]["numbers"])
-  sizes = np.array(found["consistency"]["magnitudes"])
-  there = np.flatnonzero(numbers)
-  axes.bar(there, sizes[there])
+  for place, (which, label) in enumerate(
+    (("all", "all parameters"), ("without", "without embeddings of words"))
+  ):
+    one = found["consistency"][which]
+    there = np.flatnonzero(one["numbers"])
+    sizes = np.array(one["magnitudes"])[there]
+    axes.bar(there + 0.4 * place, sizes, width=0.4, align="edge", label=label)
+  axes.legend(fontsize=7)
   axes.set_xlabel("updates in the direction taken most often")
   axes.set_ylabel("mean magnitude of the task vector")
 

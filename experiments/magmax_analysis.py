@@ -16,8 +16,10 @@ Reference: Marczak et al., MagMax, 2024 (https://arxiv.org/abs/2407.06322).
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -122,6 +124,35 @@ def conflicts(vectors: list[Any], top: float) -> list[float]:
   ]
 
 
+def consistency(
+  base: Any, networks: list[Any], without: str = ""
+) -> dict[str, Any]:
+  """Figure 4: magnitudes by the number of updates in the same direction.
+
+  Args:
+    base: the network before the first task.
+    networks: that after each task.
+    without: regular expression (`re.search`) of the names of leaves that are
+      left out; "" for none.
+
+  Returns:
+    The mean magnitude and the number of parameters of each count.
+  """
+  names = tree_lib.leaf_names(base)
+  chosen = [not without or not re.search(without, name) for name in names]
+
+  def some(tree: Any) -> list[Any]:
+    return list(itertools.compress(jax.tree.leaves(tree), chosen))
+
+  found = merging.update_consistency(
+    some(base), [some(one) for one in networks]
+  )
+  return {
+    "magnitudes": np.asarray(found.magnitudes, np.float64).tolist(),
+    "numbers": np.asarray(found.numbers).tolist(),
+  }
+
+
 def analyse(study: _magmax_study.Study, folder: pathlib.Path) -> dict[str, Any]:
   """All measurements of a study.
 
@@ -140,7 +171,6 @@ def analyse(study: _magmax_study.Study, folder: pathlib.Path) -> dict[str, Any]:
     for learner, found in networks.items()
   }
   tests = [task.test for task in one.stream.tasks]
-  consistency = merging.update_consistency(base, networks["sequential"])
   found = {
     "config": _workdir.as_json(study.config),
     "kept": kept_fractions(study, tests, networks["independent"]),
@@ -149,8 +179,8 @@ def analyse(study: _magmax_study.Study, folder: pathlib.Path) -> dict[str, Any]:
       for learner, given in vectors.items()
     },
     "consistency": {
-      "magnitudes": np.asarray(consistency.magnitudes, np.float64).tolist(),
-      "numbers": np.asarray(consistency.numbers).tolist(),
+      name: consistency(base, networks["sequential"], without)
+      for name, without in (("all", ""), ("without", study.config.tables))
     },
     "cosines": {
       learner: np.asarray(merging.cosine_matrix(given), np.float64).tolist()
@@ -179,18 +209,23 @@ def hypotheses(found: dict[str, Any]) -> dict[str, bool]:
     "magnitude": at every kept fraction the largest entries do better than
     random ones, and these than the smallest. "conflicts": sequential
     fine-tuning has fewer conflicts for every number of tasks. "consistency":
-    the mean magnitude rises with the number of consistent directions.
+    the mean magnitude rises with the number of consistent directions;
+    "consistency_without": so it does without the embeddings of words.
   """
+
+  def rises(one: dict[str, Any]) -> bool:
+    there = np.array(one["numbers"]) > 0
+    return bool((np.diff(np.array(one["magnitudes"])[there]) > 0).all())
+
   bottom, random, top = (
     np.array(found["kept"]["accuracy"][which]) for which in KEPT
   )
   apart, after = (np.array(found["conflicts"][name]) for name in LEARNERS)
-  counts = np.array(found["consistency"]["numbers"])
-  sizes = np.array(found["consistency"]["magnitudes"])[counts > 0]
   return {
     "magnitude": bool((top > random).all() and (random > bottom).all()),
     "conflicts": bool((after < apart).all()),
-    "consistency": bool((np.diff(sizes) > 0).all()),
+    "consistency": rises(found["consistency"]["all"]),
+    "consistency_without": rises(found["consistency"]["without"]),
   }
 
 
@@ -236,31 +271,29 @@ def report(found: dict[str, Any]) -> str:
   for learner in LEARNERS:
     cells = [f"{100 * one:.1f}" for one in found["conflicts"][learner]]
     lines.append(f"| {learner} | " + " | ".join(cells) + " |")
-  present = [
-    (count, size, number)
-    for count, (size, number) in enumerate(
-      zip(
-        found["consistency"]["magnitudes"],
-        found["consistency"]["numbers"],
-        strict=True,
-      )
-    )
-    if number
-  ]
   lines += [
     "",
     "Figure 4, mean magnitude of the task vector by the number of updates in"
-    f" the direction taken most often: {said[verdict['consistency']]}.",
+    f" the direction taken most often: {said[verdict['consistency']]}; without"
+    " the embeddings of words, of which weight decay moves those that no text"
+    " has always in the same direction, it"
+    f" {said[verdict['consistency_without']]}.",
     "",
-    "| updates | " + " | ".join(str(count) for count, _, _ in present) + " |",
-    "|---" * (len(present) + 1) + "|",
-    "| magnitude, 1e-4 | "
-    + " | ".join(f"{1e4 * size:.3f}" for _, size, _ in present)
+    "| updates | "
+    + " | ".join(map(str, range(config["num_tasks"] + 1)))
     + " |",
-    "| parameters | "
-    + " | ".join(f"{number:,}" for _, _, number in present)
-    + " |",
+    "|---" * (config["num_tasks"] + 2) + "|",
   ]
+  for which, one in found["consistency"].items():
+    cells = [
+      f"{1e4 * size:.3f}" if number else ""
+      for size, number in zip(one["magnitudes"], one["numbers"], strict=True)
+    ]
+    counts = [f"{number:,}" for number in one["numbers"]]
+    lines += [
+      f"| {which}: magnitude, 1e-4 | " + " | ".join(cells) + " |",
+      f"| {which}: parameters | " + " | ".join(counts) + " |",
+    ]
   for learner in LEARNERS:
     matrix = np.array(found["cosines"][learner])
     off = matrix[~np.eye(len(matrix), dtype=bool)]

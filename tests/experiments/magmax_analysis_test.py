@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from experiments import _magmax_study, magmax_analysis
 from experiments.configs import magmax_analysis as analysis_configs
+from jaxmerge import tree
 from tests.experiments import _magmax
 
 
@@ -72,13 +73,21 @@ class AnalysisTest(_magmax.Folders):
     first, last = flat["sequential"]
     signs = np.sign(first), np.sign(last - first)
     both = (signs[0] == signs[1]) & (signs[0] != 0)
-    numbers = found["consistency"]["numbers"]
-    np.testing.assert_allclose(numbers[2], both.sum(), rtol=2e-2)
-    np.testing.assert_allclose(
-      found["consistency"]["magnitudes"][2],
-      np.abs(last[both]).mean(),
-      rtol=2e-2,
+    inside = np.concatenate(
+      [
+        np.full(leaf.size, "word_embeddings" not in name)
+        for name, leaf in zip(
+          tree.leaf_names(base), jax.tree.leaves(base), strict=True
+        )
+      ]
     )
+    self.assertFalse(inside.all())
+    for which, there in (("all", both), ("without", both & inside)):
+      one = found["consistency"][which]
+      np.testing.assert_allclose(one["numbers"][2], there.sum(), rtol=2e-2)
+      np.testing.assert_allclose(
+        one["magnitudes"][2], np.abs(last[there]).mean(), rtol=2e-2
+      )
     self.assertBetween(found["kept"]["whole"], 0, 1)
     for name in ("kept", "conflicts", "consistency", "cosines"):
       for ending in ("png", "svg"):
@@ -97,7 +106,10 @@ class AnalysisTest(_magmax.Folders):
             "accuracy": {"top": top, "random": random, "bottom": bottom}
           },
           "conflicts": {"independent": apart, "sequential": after},
-          "consistency": {"magnitudes": sizes, "numbers": numbers},
+          "consistency": {
+            which: {"magnitudes": sizes, "numbers": numbers}
+            for which in ("all", "without")
+          },
         }
       )
 
