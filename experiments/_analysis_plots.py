@@ -50,7 +50,7 @@ def _conflicts(axes: Any, found: dict[str, Any]) -> None:
 
 def _consistency(axes: Any, found: dict[str, Any]) -> None:
   for place, (which, label) in enumerate(
-    (("all", "all parameters"), ("without", "without embeddings of words"))
+    (("all", "all parameters"), ("without", "without tables of embeddings"))
   ):
     one = found["consistency"][which]
     there = np.flatnonzero(one["numbers"])

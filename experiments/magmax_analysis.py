@@ -210,7 +210,7 @@ def hypotheses(found: dict[str, Any]) -> dict[str, bool]:
     random ones, and these than the smallest. "conflicts": sequential
     fine-tuning has fewer conflicts for every number of tasks. "consistency":
     the mean magnitude rises with the number of consistent directions;
-    "consistency_without": so it does without the embeddings of words.
+    "consistency_without": so it does without tables of embeddings.
   """
 
   def rises(one: dict[str, Any]) -> bool:
@@ -275,8 +275,8 @@ def report(found: dict[str, Any]) -> str:
     "",
     "Figure 4, mean magnitude of the task vector by the number of updates in"
     f" the direction taken most often: {said[verdict['consistency']]}; without"
-    " the embeddings of words, of which weight decay moves those that no text"
-    " has always in the same direction, it"
+    " tables of embeddings, of which weight decay moves the rows that no text"
+    " needs always in the same direction, it"
     f" {said[verdict['consistency_without']]}.",
     "",
     "| updates | "

@@ -34,7 +34,7 @@ def get_config(variant: str = "clinc150-10") -> ml_collections.ConfigDict:
   # Fraction whose signs are compared, of Figure 2.
   config.top = 0.2
   # Leaves that Figure 4 is drawn without, too (`re.search` of their names):
-  # weight decay alone moves the rows of words that no text has, task after task
-  # in the same direction.
-  config.tables = "word_embeddings|token_embedding"
+  # weight decay alone moves the rows of words and positions that no text has,
+  # task after task in the same direction.
+  config.tables = "(word|position|token_type)_embeddings|token_embedding"
   return config

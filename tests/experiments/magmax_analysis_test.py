@@ -75,7 +75,7 @@ class AnalysisTest(_magmax.Folders):
     both = (signs[0] == signs[1]) & (signs[0] != 0)
     inside = np.concatenate(
       [
-        np.full(leaf.size, "word_embeddings" not in name)
+        np.full(leaf.size, "_embeddings" not in name)
         for name, leaf in zip(
           tree.leaf_names(base), jax.tree.leaves(base), strict=True
         )
