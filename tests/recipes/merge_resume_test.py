@@ -17,6 +17,23 @@ from jaxmerge import recipes
 from jaxmerge.recipes import _folder
 from tests.recipes import _merging
 
+# The command, which waits after each file: however busy the machine is, the
+# first one is noticed before the last is written.
+_SLOWLY = """
+import time
+from jaxmerge import cli
+from jaxmerge.recipes import _folder
+
+finished = _folder.Staging.finished
+
+def slowly(*args):
+  finished(*args)
+  time.sleep(0.5)
+
+_folder.Staging.finished = slowly
+cli.main()
+"""
+
 
 class ResumeTest(_merging.MergingTest):
   def _interrupt(self, recipe, out, after, **kwargs):
@@ -87,7 +104,6 @@ class ResumeTest(_merging.MergingTest):
 
   @parameterized.parameters(signal.SIGKILL, signal.SIGINT)
   def test_killed(self, number):
-    # Ranks of so many entries take longer than to notice the first file.
     draws = np.random.default_rng(0)
     for name in "ab":
       self.model(
@@ -104,7 +120,7 @@ class ResumeTest(_merging.MergingTest):
       "parameters: {weight: 1, density: 0.5}"
     )
     command = [
-      *(sys.executable, "-c", "from jaxmerge import cli; cli.main()"),
+      *(sys.executable, "-c", _SLOWLY),
       *("merge", str(recipe), str(self.root / "out")),
       *("--max-shard-size", "1MB", "--quiet"),
     ]
