@@ -289,10 +289,10 @@ def report(found: dict[str, Any]) -> str:
       f"{1e4 * size:.3f}" if number else ""
       for size, number in zip(one["magnitudes"], one["numbers"], strict=True)
     ]
-    counts = [f"{number:,}" for number in one["numbers"]]
+    sizes = [f"{number:,}" for number in one["numbers"]]
     lines += [
       f"| {which}: magnitude, 1e-4 | " + " | ".join(cells) + " |",
-      f"| {which}: parameters | " + " | ".join(counts) + " |",
+      f"| {which}: parameters | " + " | ".join(sizes) + " |",
     ]
   for learner in LEARNERS:
     matrix = np.array(found["cosines"][learner])
