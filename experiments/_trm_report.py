@@ -140,7 +140,7 @@ def table(results: Results) -> str:
   lines += [
     "",
     "Mean ± sample standard deviation over the class orders. Start: the mean"
-    " over the tasks after the first, on 500 examples of the task, over the"
+    " over the tasks after the first, on 200 examples of the task, over the"
     " classes of the training's loss. Steps: until the mean accuracy of five"
     " batches in training is at least 90% of the last. Seconds: the median over"
     " the tasks after the second, the first two compile.",
@@ -161,8 +161,8 @@ def plot(results: Results, workdir: pathlib.Path) -> None:
   for name, entries in results["rows"].items():
     matrices = np.array([one["accuracy"] for one in entries], np.float64)
     tasks = np.arange(1, matrices.shape[-1] + 1)
-    if not np.isnan(matrices).any():
-      means = metrics.accuracies_over_tasks(100 * matrices).mean(axis=0)
+    means = metrics.accuracies_over_tasks(100 * matrices).mean(axis=0)
+    if not np.isnan(means).any():
       left.plot(tasks, means, "o-", ms=3, label=name)
     norms = [
       [task["start"]["gradient_norm"] for task in one["tasks"]]

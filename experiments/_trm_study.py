@@ -33,13 +33,13 @@ class Setting:
 
   Attributes:
     problem: the stream and the network, for one seed.
-    measure: `measure(params) -> accuracy [tasks]`, in [0, 1], leaves of params
-      with an axis of one seed.
+    measure: `measure(params, count) -> accuracy [count]` on the first so many
+      tasks, in [0, 1], leaves of params with an axis of one seed.
     sizes: number of examples that each task is judged on.
   """
 
   problem: continual.Problem
-  measure: Callable[[PyTree], np.ndarray]
+  measure: Callable[[PyTree, int], np.ndarray]
   sizes: tuple[int, ...]
 
 
@@ -123,13 +123,13 @@ def _texts(
     split = config.judge
     rows = [getattr(task, split) for task in stream.tasks]
 
-    def measure(params: PyTree) -> np.ndarray:
+    def measure(params: PyTree, count: int) -> np.ndarray:
       return np.array(
         _predictions.task_accuracies(
           back.logits_fn,
           jax.tree.map(lambda leaf: leaf[0], params),
           back.test if split == "test" else back.pool,
-          rows,
+          rows[:count],
           batch_size=config.eval_batch_size,
         )
       )
@@ -196,8 +196,9 @@ def _images(
     problem = dataclasses.replace(problem, params=params)
     rows = [getattr(task, config.judge) for task in stream.tasks]
 
-    def measure(params: PyTree) -> np.ndarray:
-      return continual.accuracies(problem, params, split=config.judge)[0]
+    def measure(params: PyTree, count: int) -> np.ndarray:
+      found = continual.accuracies(problem, params, split=config.judge)
+      return found[0, :count]
 
     return Setting(problem, measure, tuple(len(one) for one in rows))
 

@@ -119,7 +119,11 @@ def _row(
       state = strategy.observe(problem, state, task)
       problem.memo.clear()
       if strategy.measured(problem, task):
-        matrix[task] = setting.measure(strategy.params(problem, state))
+        # Of the tasks so far: nothing that is reported needs the later ones.
+        seen = task + 1
+        matrix[task, :seen] = setting.measure(
+          strategy.params(problem, state), seen
+        )
       kept.save(
         task + 1,
         state,
@@ -180,7 +184,7 @@ def run(
       setting = study.make(number, folder)
       zero_shot = place / "zero_shot.json"
       if not zero_shot.exists():
-        found = setting.measure(setting.problem.params)
+        found = setting.measure(setting.problem.params, config.num_tasks)
         _workdir.write_json(zero_shot, found.tolist())
       for name, strategy in study.strategies.items():
         bar.set_description(f"order {number} {name:18}")

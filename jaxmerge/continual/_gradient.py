@@ -57,7 +57,7 @@ def mean_gradient(
   params: PyTree,
   task: int,
   head: str,
-  samples: int | None = 500,
+  samples: int | None,
 ) -> tuple[jax.Array, PyTree]:
   """Mean cross-entropy of a task's training examples, and its gradient.
 

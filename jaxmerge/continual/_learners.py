@@ -31,6 +31,9 @@ STARTS = ("initial", "last", "merged")
 ROWS = ("task", "seen", "stream", "buffer")
 HEADS = ("all", "seen", "task")
 
+# Examples of a task that its loss and gradient at the start are reported of.
+_START_SAMPLES = 200
+
 
 class Rehearsal(NamedTuple):
   """How stored examples take part in the training of a task.
@@ -334,7 +337,9 @@ def report_start(
   if problem.report is None:
     return
   params = network(learner, problem, start)
-  loss, gradient = _gradient.mean_gradient(problem, params, task, learner.head)
+  loss, gradient = _gradient.mean_gradient(
+    problem, params, task, learner.head, _START_SAMPLES
+  )
   problem.report(
     "start",
     task,

@@ -79,6 +79,8 @@ class DigitsTest(parameterized.TestCase):
         self.assertEqual(matrix.shape, (5, 5))
         self.assertEqual(np.isnan(matrix[:-1]).all(), name == "joint")
         self.assertTrue(((matrix[-1] >= 0) & (matrix[-1] <= 1)).all())
+        # A later task is not measured.
+        self.assertTrue(np.isnan(matrix[np.triu_indices(5, 1)]).all())
     self.assertGreater(
       np.mean([one["metrics"]["final_accuracy"] for one in rows["joint"]]), 0.5
     )
