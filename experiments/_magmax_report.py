@@ -128,6 +128,36 @@ def plot(results: Results, workdir: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
+def measured(results: Results) -> Results:
+  """A run without the places of its matrices where nothing was measured.
+
+  Args:
+    results: what results.json holds.
+
+  Returns:
+    The same, row i of a matrix having the accuracies on the tasks that were
+    measured after task i: the first i + 1 ones, or none. With 30 tasks nine
+    tenths of the file would be nulls.
+  """
+
+  def entry(one: Results) -> Results:
+    if "matrix" not in one:
+      return one
+    lines = [
+      [value for value in line if value is not None] for line in one["matrix"]
+    ]
+    return {**one, "matrix": lines}
+
+  rows = {
+    name: {
+      variant: [entry(one) for one in entries]
+      for variant, entries in variants.items()
+    }
+    for name, variants in results["rows"].items()
+  }
+  return {**results, "rows": rows}
+
+
 def publish(
   results: Results, workdir: pathlib.Path, root: pathlib.Path
 ) -> None:
@@ -141,7 +171,7 @@ def publish(
   file = root / "experiments/results/magmax.json"
   kept = json.loads(file.read_text()) if file.exists() else {}
   name = results["config"]["variant"]
-  kept[name] = results
+  kept[name] = measured(results)
   page = render(kept)
   _workdir.write_json(file, kept)
   if results["config"]["num_tasks"] > 1 and (workdir / "tasks.png").exists():
