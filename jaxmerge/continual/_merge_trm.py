@@ -164,8 +164,9 @@ def trm(
       step.path,
       gradient if augment_subspace else None,
     )
-    _check_moved(vectors, step.task)
     space = _subspace.span(groups, step.current, vectors, tolerance)
+    length = _subspace.lengths(space)[:, 0]
+    _check_moved(length, step.task)
     start = jnp.zeros(space.weights.shape[:-1]).at[..., 0].set(share)
     old = np.zeros_like(_problem.head_masks(problem, "all", step.task))
     old[:] = _problem.head_masks(problem, "seen", step.task - 1)
@@ -181,7 +182,7 @@ def trm(
       },
       "temperature": fill(np.float32(temperature)),
       "threshold": jnp.float32(target) * norm,
-      "reach": _trm.reach(space.vectors),
+      "reach": jnp.asarray(_trm.REACH * length, jnp.float32),
     }
     rows = problem.rows_of([step.task])
     plan = _training.plan(coefficients, rows)
@@ -206,6 +207,8 @@ def trm(
     if problem.report is not None:
       count = len(jax.tree.leaves(step.path)[0][0])
       names = _trm.direction_names(count, augment_subspace)
+      # The snapshots are the last directions, the first one at the end.
+      cosines = _subspace.cosines(space, np.asarray(result.params))
       problem.report(
         "trm",
         step.task,
@@ -219,7 +222,7 @@ def trm(
           "dropped": [
             _trm.dropped_names(names, one) for one in _subspace.kept(space)
           ],
-          "cosines": np.asarray(_cosines()(merged, step.current, step.path)),
+          "cosines": cosines[:, : -count - 1 : -1],
         },
       )
     return merged, state
@@ -245,9 +248,8 @@ def _check_dtypes(
     )
 
 
-def _check_moved(vectors: PyTree, task: int) -> None:
-  first = jax.tree.map(lambda leaf: leaf[:, 0], vectors)
-  still = np.flatnonzero(~(np.asarray(_gradient.norms(first)) > 0))
+def _check_moved(length: np.ndarray, task: int) -> None:
+  still = np.flatnonzero(~(length > 0))
   if still.size:
     raise ValueError(
       f"The training of task {task} (seed {still[0]}) has moved nothing: its"
@@ -259,20 +261,3 @@ def _check_moved(vectors: PyTree, task: int) -> None:
 @functools.lru_cache(maxsize=16)
 def _moved(groups: tuple[int, ...]) -> Any:
   return jax.jit(jax.vmap(functools.partial(_subspace.moved, groups)))
-
-
-@functools.lru_cache(maxsize=1)
-def _cosines() -> Any:
-  """Cosines of a merge's and each snapshot's way, `[seeds, snapshots]`."""
-
-  def one(merged: PyTree, current: PyTree, path: PyTree) -> jax.Array:
-    way = tree_lib.sub(merged, current)
-
-    def cosine(snapshot: PyTree) -> jax.Array:
-      other = tree_lib.sub(snapshot, current)
-      scale = tree_lib.norm(way) * tree_lib.norm(other)
-      return tree_lib.dot(way, other) / jnp.where(scale > 0, scale, 1.0)
-
-    return jax.lax.map(cosine, path)
-
-  return jax.jit(jax.vmap(one))

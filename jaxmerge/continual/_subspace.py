@@ -30,11 +30,13 @@ class Subspace(NamedTuple):
     weights: `[groups, directions, directions]`; coordinate i of a group goes
       along `sum_j weights[group, i, j] * vectors_j`, which is vector i less its
       projections on those before it; rows of zeros for what degenerates.
+    gram: `[groups, directions, directions]`, dot products of the vectors.
   """
 
   origin: PyTree
   vectors: PyTree
   weights: jax.Array
+  gram: jax.Array
 
 
 def group_names(params: PyTree, granularity: str) -> tuple[str, ...]:
@@ -152,9 +154,15 @@ def moved(
 def _gram(groups: tuple[int, ...], vectors: PyTree) -> jax.Array:
   """`[seeds, groups, n, n]` of vectors with leaves `[seeds, n, ...]`."""
 
+  def products(rows: jax.Array) -> jax.Array:
+    rows = rows.astype(jnp.float32)
+    axes = tuple(range(1, rows.ndim))
+    return jax.lax.dot_general(
+      rows, rows, ((axes, axes), ((), ())), jax.lax.Precision.HIGHEST
+    )
+
   def one(vectors: PyTree) -> jax.Array:
-    rows = jax.lax.map(lambda vector: _dots(groups, vectors, vector), vectors)
-    return jnp.swapaxes(rows, 0, 1)
+    return _by_group(groups, [products(r) for r in jax.tree.leaves(vectors)])
 
   return jax.vmap(one)(vectors)
 
@@ -214,14 +222,41 @@ def span(
   Returns:
     The subspaces, leaves with an axis of seeds.
   """
-  products = np.asarray(_gram(groups, vectors), np.float64)
+  gram = _gram(groups, vectors)
   weights = np.stack(
     [
       np.stack([gram_schmidt(one, tolerance) for one in seed])
-      for seed in products
+      for seed in np.asarray(gram, np.float64)
     ]
   )
-  return Subspace(origin, vectors, jnp.asarray(weights, jnp.float32))
+  return Subspace(origin, vectors, jnp.asarray(weights, jnp.float32), gram)
+
+
+def lengths(space: Subspace) -> np.ndarray:
+  """Lengths of the directions, float64 `[..., directions]`."""
+  squares = np.asarray(space.gram, np.float64).sum(axis=-3)
+  return np.sqrt(np.diagonal(squares, axis1=-2, axis2=-1))
+
+
+def cosines(space: Subspace, coefficients: np.ndarray) -> np.ndarray:
+  """Cosines of the way that coefficients go and of each direction.
+
+  Args:
+    space: the subspace.
+    coefficients: `[..., groups, n]`.
+
+  Returns:
+    float64 `[..., directions]`, 0 for what is 0.
+  """
+  gram, weights, shares = (
+    np.asarray(values, np.float64)
+    for values in (space.gram, space.weights, coefficients)
+  )
+  shares = np.einsum("...gi,...gij->...gj", shares, weights)
+  dots = np.einsum("...gi,...gij->...gj", shares, gram)
+  square = np.einsum("...gi,...gi->...", shares, dots)
+  scale = np.sqrt(square)[..., None] * lengths(space)
+  return dots.sum(axis=-2) / np.where(scale > 0, scale, 1.0)
 
 
 def kept(space: Subspace) -> np.ndarray:

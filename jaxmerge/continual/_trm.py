@@ -24,9 +24,9 @@ GradFn = Callable[[PyTree], PyTree]
 
 DERIVATIVES = ("finite_difference", "forward_over_reverse")
 
-# Length of the finite difference, as a part of the task vector's: what float32
-# rounds and what the third derivative adds are both small there.
-_REACH = 0.01
+#: Length of the finite difference, as a part of the task vector's: what float32
+#: rounds and what the third derivative adds are both small there.
+REACH = 0.01
 
 
 def task_alignment(
@@ -301,13 +301,3 @@ def dropped_names(names: Sequence[str], rows: np.ndarray) -> list[list[str]]:
     [name for name, kept in zip(names, one, strict=True) if not kept]
     for one in rows
   ]
-
-
-def reach(vectors: PyTree) -> jax.Array:
-  """Length of the finite difference, by the task vector's; with seeds."""
-
-  def one(vectors: PyTree) -> jax.Array:
-    first = jax.tree.map(lambda leaf: leaf[0], vectors)
-    return jnp.asarray(_REACH * tree_lib.norm(first), jnp.float32)
-
-  return jax.vmap(one)(vectors)

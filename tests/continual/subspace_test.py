@@ -125,6 +125,26 @@ class SubspaceTest(parameterized.TestCase):
       moved["layer_0"]["bias"], origin["layer_0"]["bias"]
     )
 
+  def test_lengths_and_cosines(self):
+    draws = np.random.default_rng(7)
+    origin = _tree(draws)
+    directions = [_tree(draws) for _ in range(3)]
+    flat = np.stack([_flat(one) for one in directions])
+    for groups in ((0, 0, 0), (0, 1, 0)):
+      space = _span(groups, origin, directions)
+      np.testing.assert_allclose(
+        _subspace.lengths(space), np.linalg.norm(flat, axis=1), rtol=1e-5
+      )
+      coefficients = draws.normal(size=(max(groups) + 1, 3)).astype(np.float32)
+      moved = _subspace.moved(groups, space, jnp.asarray(coefficients))
+      way = _flat(moved) - _flat(origin)
+      expected = flat @ way / np.linalg.norm(flat, axis=1) / np.linalg.norm(way)
+      np.testing.assert_allclose(
+        _subspace.cosines(space, coefficients), expected, atol=1e-5
+      )
+      still = _subspace.cosines(space, 0 * coefficients)
+      np.testing.assert_array_equal(still, np.zeros(3))
+
   def test_coordinates_are_the_gradient(self):
     draws = np.random.default_rng(4)
     groups = (0, 1, 1)
