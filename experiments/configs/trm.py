@@ -30,11 +30,13 @@ def _row(strategy: str, **options: Any) -> dict[str, Any]:
   return {"strategy": strategy, **options}
 
 
-def _coefficients(iterations: int, batch_size: int) -> dict[str, Any]:
+def _coefficients(
+  iterations: int, batch_size: int, learning_rate: float = 0.1
+) -> dict[str, Any]:
   """Settings of the optimisation of TRM's coefficients."""
   return {
     "optimizer": "adam",
-    "learning_rate": 0.1,
+    "learning_rate": learning_rate,
     "iterations": iterations,
     "batch_size": batch_size,
     "augment": False,
@@ -74,10 +76,12 @@ def _ablations(trm: dict[str, Any]) -> dict[str, Any]:
     "no_consistency": {"consistency": 0.0},
     "no_responsiveness": {"responsiveness": 0.0},
     "no_gradient": {"augment_subspace": False},
-    "snapshots_1": {"path": {"snapshots": 1}},
-    "snapshots_2": {"path": {"snapshots": 2}},
-    "snapshots_8": {"path": {"snapshots": 8}},
-    "by_distance": {"path": {"snapshots": 4, "by": "distance"}},
+    **{
+      f"snapshots_{count}": {"path": {"snapshots": count}}
+      for count in (1, 2, 4, 8)
+      if count != trm["path"]["snapshots"]
+    },
+    "by_distance": {"path": {**trm["path"], "by": "distance"}},
     "layer": {"granularity": "layer"},
     "leaf": {"granularity": "leaf"},
   }
@@ -126,6 +130,8 @@ def _texts(tasks: int) -> ml_collections.ConfigDict:
     "augment": False,
   }
   mine = {"training": training, "head": "task"}
+  # As many steps as a fifth of the task's training pays for.
+  iterations = max(1, 25 // tasks)
   fisher = {"samples": 100, "labels": "empirical", "chunk_size": 10}
   config.rows = ml_collections.ConfigDict(
     _main(
@@ -137,11 +143,12 @@ def _texts(tasks: int) -> ml_collections.ConfigDict:
         "lwf": {"weight": 0.3},
         "magmax": {"scale": 0.75},
         "trm": {
-          "alignment_head": "seen",
-          "weight": 0.7,
+          "alignment_head": "all",
+          "weight": 0.5,
           "consistency": 0.1,
-          "samples": 64,
-          "coefficients": _coefficients(6, 16),
+          "path": {"snapshots": 2},
+          "samples": 25,
+          "coefficients": _coefficients(iterations, 20, 0.05 / iterations),
         },
       },
     ),
@@ -200,6 +207,7 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
           "weight": 1.0,
           "consistency": 1.0 if small else 5.0,
           "temperature": 1.0,
+          "path": {"snapshots": 4},
           "samples": 100,
           "coefficients": _coefficients(10, 32),
         },
