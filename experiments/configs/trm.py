@@ -70,6 +70,8 @@ def _main(mine: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _ablations(trm: dict[str, Any]) -> dict[str, Any]:
   """TRM with one thing changed."""
+  path = trm["path"]
+  other = "distance" if path["by"] == "step" else "step"
   changes: dict[str, dict[str, Any]] = {
     "trm": {},
     "no_alignment": {"alignment": 0.0},
@@ -77,11 +79,11 @@ def _ablations(trm: dict[str, Any]) -> dict[str, Any]:
     "no_responsiveness": {"responsiveness": 0.0},
     "no_gradient": {"augment_subspace": False},
     **{
-      f"snapshots_{count}": {"path": {"snapshots": count}}
+      f"snapshots_{count}": {"path": {**path, "snapshots": count}}
       for count in (1, 2, 4, 8)
-      if count != trm["path"]["snapshots"]
+      if count != path["snapshots"]
     },
-    "by_distance": {"path": {**trm["path"], "by": "distance"}},
+    f"by_{other}": {"path": {**path, "by": other}},
     "layer": {"granularity": "layer"},
     "leaf": {"granularity": "leaf"},
   }
@@ -146,7 +148,7 @@ def _texts(tasks: int) -> ml_collections.ConfigDict:
           "alignment_head": "all",
           "weight": 0.5,
           "consistency": 0.1,
-          "path": {"snapshots": 2},
+          "path": {"snapshots": 2, "by": "step"},
           "samples": 25,
           "coefficients": _coefficients(iterations, 20, 0.05 / iterations),
         },
@@ -207,7 +209,7 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
           "weight": 1.0,
           "consistency": 1.0 if small else 5.0,
           "temperature": 1.0,
-          "path": {"snapshots": 4},
+          "path": {"snapshots": 4, "by": "distance" if small else "step"},
           "samples": 100,
           "coefficients": _coefficients(10, 32),
         },
