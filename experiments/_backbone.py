@@ -59,6 +59,7 @@ class Backbone:
       libraries need: configuration, tokenizer, frozen parts.
     augment_on_host: see `jaxmerge.continual.Problem`.
     statistics_fn: see `jaxmerge.continual.Problem`.
+    mask_fn: see there.
   """
 
   params: PyTree
@@ -75,6 +76,7 @@ class Backbone:
     Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
   ) = None
   statistics_fn: Callable[[PyTree, Any], jax.Array] | None = None
+  mask_fn: Callable[[Any], jax.Array] | None = None
 
 
 # Models that a Python package holds, too: no hub is needed where it is
@@ -241,4 +243,5 @@ def texts(
     load=load,
     export=functools.partial(hugging_face.save, source=folder),
     statistics_fn=statistics_fn,
+    mask_fn=lambda ids: ids != pad_id,
   )

@@ -118,6 +118,7 @@ def _texts(
       jax.tree.map(lambda leaf: leaf[None], back.params),
       keys=jax.random.fold_in(jax.random.key(0), order)[None],
       statistics_fn=back.statistics_fn,
+      mask_fn=back.mask_fn,
       devices=config.devices or None,
     )
     split = config.judge

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import alignment, training
+from jaxmerge import alignment, merging, training
 from jaxmerge.continual import replay as replay_lib
 from jaxmerge.continual import streams
 
@@ -87,6 +87,8 @@ class Problem:
     statistics_fn: a `logits_fn` for the statistics of layers' inputs, where
       the layers of `logits_fn` itself stand in a condition or a loop; None for
       that one.
+    mask_fn: `mask_fn(inputs) -> bool [b, ...]`, which rows of a layer's inputs
+      those statistics are of, as tokens that are no padding; None for all.
     keep: keeps what takes long to make; by default nothing but memory does.
     report: is told of each task's start, training and merge; None for no one,
       which saves what it takes to know them.
@@ -104,6 +106,7 @@ class Problem:
   spec: alignment.PermutationSpec | None = None
   augment_on_host: AugmentOnHost | None = None
   statistics_fn: LogitsFn | None = None
+  mask_fn: Callable[[Any], jax.Array] | None = None
   keep: Keep = _make
   report: Report | None = None
   memo: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -186,6 +189,7 @@ def make_problem(
   spec: alignment.PermutationSpec | None = None,
   augment_on_host: AugmentOnHost | None = None,
   statistics_fn: LogitsFn | None = None,
+  mask_fn: Callable[[Any], jax.Array] | None = None,
   devices: Sequence[jax.Device] | int | None = None,
 ) -> Problem:
   """Puts a stream on the devices.
@@ -200,6 +204,7 @@ def make_problem(
     spec: see `Problem`.
     augment_on_host: see `Problem`; for one seed.
     statistics_fn: see `Problem`.
+    mask_fn: see `Problem`.
     devices: as in `training.resolve_devices`.
 
   Returns:
@@ -245,6 +250,7 @@ def make_problem(
     spec=spec,
     augment_on_host=augment_on_host,
     statistics_fn=statistics_fn,
+    mask_fn=mask_fn,
   )
 
 
@@ -339,6 +345,32 @@ def per_seed(
     for i in range(problem.num_seeds)
   ]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+
+
+def gram_matrices(
+  problem: Problem,
+  params: PyTree,
+  inputs: Iterable[Any],
+  reduction: str = "mean",
+) -> dict[str, jax.Array]:
+  """Gram matrices of the layers' inputs, of one seed.
+
+  Args:
+    problem: the problem.
+    params: the parameters, without the axis of seeds.
+    inputs: the inputs of each batch.
+    reduction: "mean" or "sum" over the examples.
+
+  Returns:
+    The matrices by the names of the kernels.
+  """
+  return merging.gram_matrices(
+    problem.statistics_fn or problem.logits_fn,
+    params,
+    inputs,
+    reduction=reduction,
+    mask=problem.mask_fn,
+  )
 
 
 def seed_axis(problem: Problem, value: Any) -> jax.Array:

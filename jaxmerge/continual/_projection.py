@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import merging
 from jaxmerge.continual import _problem, _training
 
 PyTree = Any
@@ -72,10 +71,11 @@ def check(projection: Projection) -> None:
 def _grams(
   problem: _problem.Problem, params: PyTree, batches: list[Any]
 ) -> dict[str, jax.Array]:
-  run = problem.statistics_fn or problem.logits_fn
   return _problem.per_seed(
     problem,
-    lambda params: merging.gram_matrices(run, params, batches, reduction="sum"),
+    lambda params: _problem.gram_matrices(
+      problem, params, batches, reduction="sum"
+    ),
     params,
   )
 

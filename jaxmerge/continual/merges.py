@@ -251,13 +251,13 @@ def running_regmean(
 
   def collect(problem: _problem.Problem, params: PyTree, task: int) -> Any:
     inputs = [batch["input"] for batch in problem.batches(task, samples)]
-    found = merging.gram_matrices(problem.logits_fn, params, inputs)
+    found = _problem.gram_matrices(problem, params, inputs)
     return jax.tree.map(damped, found)
 
   def init(problem: _problem.Problem) -> State:
     def one(params: PyTree) -> Any:
       example = problem.stream.train["input"][:1]
-      found = merging.gram_matrices(problem.logits_fn, params, [example])
+      found = _problem.gram_matrices(problem, params, [example])
       return jax.tree.map(jnp.zeros_like, found)
 
     return {"grams": _problem.per_seed(problem, one, problem.params)}

@@ -17,6 +17,7 @@ from jaxmerge.merging import _examples, _leaves
 
 PyTree = Any
 Array = jax.Array
+Mask = Callable[[PyTree], Array]
 
 # After these an array holds the same numbers in the same order.
 _SAME = (
@@ -121,16 +122,20 @@ class _Watch:
 
   Attributes:
     names: The names of the leaves.
+    mask: Which rows count, where there are as many; or None.
     grams: The Gram matrices so far, by name.
   """
 
-  def __init__(self, names: Sequence[str]) -> None:
+  def __init__(self, names: Sequence[str], mask: Array | None = None) -> None:
     self.names = names
+    self.mask = mask
     self.grams: dict[str, Array] = {}
 
   def _add(self, leaf: int, rows: Array | None) -> None:
     if rows is None:
       return
+    if self.mask is not None and len(rows) == len(self.mask):
+      rows = jnp.where(self.mask[:, None], rows, jnp.zeros_like(rows))
     gram, name = gram_matrix(rows), self.names[leaf]
     if name in self.grams:
       gram = self.grams[name] + gram
@@ -225,8 +230,23 @@ class _Watch:
         )
 
 
+def _flat_mask(mask: Mask | None, batch: PyTree) -> Array | None:
+  """Which rows of a batch count, `[n]`; None for all."""
+  if mask is None:
+    return None
+  found = jnp.asarray(mask(batch))
+  size = _examples.batch_size(batch, 0)
+  if found.dtype != bool or found.ndim < 1 or len(found) != size:
+    raise ValueError(
+      f"mask must give bool [{size}, ...] for this batch; got {found.dtype}"
+      f" {found.shape}"
+    )
+  return found.reshape(-1)
+
+
 def _grams(
   fn: Callable[[PyTree, PyTree], Any],
+  mask: Mask | None,
   static: _examples.Static,
   chosen: tuple[str | None, ...],
   arrays: list[Any],
@@ -237,7 +257,7 @@ def _grams(
     lambda arrays, batch: fn(_examples.join_arrays(arrays, static), batch)
   )(arrays, batch)
   inputs = jax.tree.leaves(batch)
-  watch = _Watch([name or "" for name in chosen])
+  watch = _Watch([name or "" for name in chosen], _flat_mask(mask, batch))
   leaves = [None if name is None else i for i, name in enumerate(chosen)]
   watch.run(
     closed.jaxpr,
@@ -249,17 +269,21 @@ def _grams(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("fn", "static", "chosen"), donate_argnames="sums"
+  jax.jit,
+  static_argnames=("fn", "mask", "static", "chosen"),
+  donate_argnames="sums",
 )
 def _add_batch(
   fn: Callable[[PyTree, PyTree], Any],
+  mask: Mask | None,
   static: _examples.Static,
   chosen: tuple[str | None, ...],
   sums: dict[str, Array],
   arrays: list[Any],
   batch: PyTree,
 ) -> dict[str, Array]:
-  return jax.tree.map(jnp.add, sums, _grams(fn, static, chosen, arrays, batch))
+  found = _grams(fn, mask, static, chosen, arrays, batch)
+  return jax.tree.map(jnp.add, sums, found)
 
 
 def gram_matrices(
@@ -269,6 +293,7 @@ def gram_matrices(
   *,
   select: str | Callable[[str], bool] | None = None,
   reduction: str = "mean",
+  mask: Mask | None = None,
 ) -> dict[str, Array]:
   r"""Gram matrices of the inputs of all linear layers of a model.
 
@@ -300,6 +325,10 @@ def gram_matrices(
     reduction: "mean" over the examples, or their "sum", which gives a model
       with more data more weight. Rows that belong to one example, as the
       tokens of a text, are summed.
+    mask: ``mask(batch)`` is a bool array ``[b, ...]`` of the rows that count,
+      as the tokens of a text that are no padding. It is for the layers that
+      have as many rows as it has entries, in its order; of others all count.
+      By default all do. Keep one function object.
 
   Returns:
     The matrices ``[in, in]``, of at least float32, by the names of the kernels
@@ -307,7 +336,8 @@ def gram_matrices(
     the sum of its uses.
 
   Raises:
-    ValueError: If there is no example, or no layer.
+    ValueError: If there is no example, or no layer, or the mask is not of its
+      type or does not fit.
 
   References:
     Jin et al., `Dataless knowledge fusion by merging weights of language models
@@ -338,7 +368,7 @@ def gram_matrices(
       continue
     if sums is None:
       shapes = jax.eval_shape(
-        functools.partial(_grams, fn, static, chosen), arrays, batch
+        functools.partial(_grams, fn, mask, static, chosen), arrays, batch
       )
       if not shapes:
         raise ValueError(
@@ -348,7 +378,7 @@ def gram_matrices(
       sums = {
         name: jnp.zeros(gram.shape, gram.dtype) for name, gram in shapes.items()
       }
-    sums = _add_batch(fn, static, chosen, sums, arrays, batch)
+    sums = _add_batch(fn, mask, static, chosen, sums, arrays, batch)
     count += size
   _examples.check_any(count)
   assert sums is not None

@@ -645,7 +645,7 @@ class StrategyTest(parameterized.TestCase):
     chex.assert_tree_all_finite(_problems.observe(strategy, problem, 2).current)
 
 
-class StatisticsTest(absltest.TestCase):
+class StatisticsTest(parameterized.TestCase):
   def test_layers_in_a_condition(self):
     """A network with a condition needs a plain one for its statistics."""
     base = _problem(False)
@@ -668,6 +668,36 @@ class StatisticsTest(absltest.TestCase):
     problem = make(statistics_fn=_problems.logits_fn)
     state = _problems.observe(strategy, problem, 2)
     chex.assert_tree_all_finite(state.current)
+
+  @parameterized.named_parameters(
+    ("gpm", strategies.get("gpm", training=BRIEF), "projection"),
+    (
+      "running_regmean",
+      continual.compose(
+        "x", continual.Learner(BRIEF), merge=merges.running_regmean()
+      ),
+      "grams",
+    ),
+  )
+  def test_rows_that_do_not_count(self, strategy, held):
+    """Examples that are masked leave nothing in the layers' statistics."""
+    base = _problem(False)
+
+    def make(**options):
+      return continual.make_problem(
+        base.stream, base.logits_fn, base.params, keys=base.keys, **options
+      )
+
+    nothing = make(mask_fn=lambda images: jnp.zeros(len(images), bool))
+    for problem, empty in ((make(), False), (nothing, True)):
+      state = _problems.observe(strategy, problem, 1)
+      found = [
+        np.abs(leaf).max()
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if held in str(path)
+      ]
+      self.assertLen(found, 1)
+      self.assertEqual(found[0] == 0, empty)
 
 
 if __name__ == "__main__":

@@ -523,6 +523,41 @@ class GramMatricesTest(parameterized.TestCase):
     self.assertEqual(list(got), ["w"])
     np.testing.assert_allclose(got["w"], want, rtol=1e-5)
 
+  @parameterized.parameters(True, False)
+  def test_mask_leaves_out_padding(self, flat):
+    """Texts with padding have the matrices of their tokens alone."""
+    x, lengths = rows(5, 3 * 4 * 2, 1).reshape(3, 4, 2), np.array([4, 1, 2])
+    x[1, 1:] = np.nan
+    kept = np.arange(4) < lengths[:, None]
+    params = {"token": jnp.ones((2, 3)), "text": jnp.ones((3, 2))}
+
+    def fn(params, batch):
+      tokens = batch["x"].reshape(-1, 2) if flat else batch["x"]
+      hidden = (tokens @ params["token"]).reshape(3, 4, 3)
+      return jnp.nan_to_num(hidden).mean(axis=1) @ params["text"]
+
+    batch = {"x": x, "mask": kept}
+    got = merging.gram_matrices(
+      fn, params, [batch], reduction="sum", mask=lambda batch: batch["mask"]
+    )
+    tokens = x[kept]
+    np.testing.assert_allclose(got["token"], tokens.T @ tokens, rtol=1e-5)
+    # The three texts have rows of their own, which the mask is not for.
+    means = np.nan_to_num(x @ np.ones((2, 3))).mean(axis=1)
+    np.testing.assert_allclose(got["text"], means.T @ means, rtol=1e-5)
+
+  @parameterized.parameters(
+    (lambda x: jnp.ones(len(x)), r"bool \[7, ...\].*float32 \(7,\)"),
+    (lambda x: jnp.ones((2, 7), bool), r"bool \[7, ...\].*bool \(2, 7\)"),
+    (lambda x: jnp.array(True), r"bool \(\)"),
+  )
+  def test_a_mask_that_does_not_fit(self, mask, message):
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    with self.assertRaisesRegex(ValueError, message):
+      merging.gram_matrices(
+        linear, {"w": jnp.ones((4, 2))}, [rows(0, 7, 4)], mask=mask
+      )
+
   def test_half_inputs_are_summed_in_float32(self):
     x = jnp.full((1000, 1), 0.1, jnp.bfloat16)
     got = merging.gram_matrix(x)
