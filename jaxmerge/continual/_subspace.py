@@ -254,7 +254,8 @@ def cosines(space: Subspace, coefficients: np.ndarray) -> np.ndarray:
   )
   shares = np.einsum("...gi,...gij->...gj", shares, weights)
   dots = np.einsum("...gi,...gij->...gj", shares, gram)
-  square = np.einsum("...gi,...gi->...", shares, dots)
+  # Rounding of what is almost nothing must not be negative.
+  square = np.maximum(np.einsum("...gi,...gi->...", shares, dots), 0.0)
   scale = np.sqrt(square)[..., None] * lengths(space)
   return dots.sum(axis=-2) / np.where(scale > 0, scale, 1.0)
 
