@@ -59,7 +59,7 @@ class Backbone:
       libraries need: configuration, tokenizer, frozen parts.
     augment_on_host: see `jaxmerge.continual.Problem`.
     statistics_fn: see `jaxmerge.continual.Problem`.
-    mask_fn: see there.
+    mask_fn: see `jaxmerge.continual.Problem`.
   """
 
   params: PyTree

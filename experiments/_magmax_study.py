@@ -175,6 +175,8 @@ def problem(study: Study, order: int) -> continual.Problem:
     jax.tree.map(lambda leaf: leaf[None], study.backbone.params),
     keys=key[None],
     augment_on_host=study.backbone.augment_on_host,
+    statistics_fn=study.backbone.statistics_fn,
+    mask_fn=study.backbone.mask_fn,
     devices=study.config.devices or None,
   )
 

@@ -132,7 +132,7 @@ def _texts(tasks: int) -> ml_collections.ConfigDict:
     "augment": False,
   }
   mine = {"training": training, "head": "task"}
-  # As many steps as a fifth of the task's training pays for.
+  # As many steps as cost about a sixth of the task's training.
   iterations = max(1, 25 // tasks)
   fisher = {"samples": 100, "labels": "empirical", "chunk_size": 10}
   config.rows = ml_collections.ConfigDict(

@@ -147,12 +147,12 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
   def statistics(problem: _problem.Problem, expert: PyTree, task: int) -> Any:
     if rule.info.statistics is None:
       return None
+    inputs = [batch["input"] for batch in problem.batches(task, samples)]
+    if rule.info.statistics == "gram_matrices":
+      return _problem.gram_matrices(problem, expert, inputs)
     collect = getattr(merging, rule.info.statistics)
     own = _problem.own_logits(problem, task)
-    inputs = [
-      own.prepare(batch["input"]) for batch in problem.batches(task, samples)
-    ]
-    return collect(own.logits_fn, expert, inputs)
+    return collect(own.logits_fn, expert, [own.prepare(one) for one in inputs])
 
   def init(problem: _problem.Problem) -> State:
     if not rule.info.streams:

@@ -123,12 +123,14 @@ class _Watch:
   Attributes:
     names: The names of the leaves.
     mask: Which rows count, where there are as many; or None.
+    masked: Whether there has been such a layer.
     grams: The Gram matrices so far, by name.
   """
 
   def __init__(self, names: Sequence[str], mask: Array | None = None) -> None:
     self.names = names
     self.mask = mask
+    self.masked = False
     self.grams: dict[str, Array] = {}
 
   def _add(self, leaf: int, rows: Array | None) -> None:
@@ -136,6 +138,7 @@ class _Watch:
       return
     if self.mask is not None and len(rows) == len(self.mask):
       rows = jnp.where(self.mask[:, None], rows, jnp.zeros_like(rows))
+      self.masked = True
     gram, name = gram_matrix(rows), self.names[leaf]
     if name in self.grams:
       gram = self.grams[name] + gram
@@ -265,6 +268,11 @@ def _grams(
     [*arrays, *inputs],
     [*leaves, *[None] * len(inputs)],
   )
+  if watch.mask is not None and watch.grams and not watch.masked:
+    raise ValueError(
+      f"mask has {len(watch.mask)} entries for a batch, but no layer has as"
+      " many rows of inputs; give one for each row, as bool [b, tokens]"
+    )
   return watch.grams
 
 
@@ -325,10 +333,11 @@ def gram_matrices(
     reduction: "mean" over the examples, or their "sum", which gives a model
       with more data more weight. Rows that belong to one example, as the
       tokens of a text, are summed.
-    mask: ``mask(batch)`` is a bool array ``[b, ...]`` of the rows that count,
-      as the tokens of a text that are no padding. It is for the layers that
-      have as many rows as it has entries, in its order; of others all count.
-      By default all do. Keep one function object.
+    mask: ``mask(batch)``, traced by JAX, is a bool array ``[b, ...]`` of the
+      rows that count, as the tokens of a text that are no padding. It is for
+      the layers that have as many rows as it has entries, in its order,
+      examples first; of others all count. By default all do. A mean is still
+      over all examples. Keep one function object.
 
   Returns:
     The matrices ``[in, in]``, of at least float32, by the names of the kernels
@@ -337,7 +346,7 @@ def gram_matrices(
 
   Raises:
     ValueError: If there is no example, or no layer, or the mask is not of its
-      type or does not fit.
+      type or shape, or has as many entries as no layer has rows.
 
   References:
     Jin et al., `Dataless knowledge fusion by merging weights of language models

@@ -678,6 +678,13 @@ class StatisticsTest(parameterized.TestCase):
       ),
       "grams",
     ),
+    (
+      "regmean",
+      continual.compose(
+        "x", continual.Learner(BRIEF), merge=merges.by_rule("regmean")
+      ),
+      "'gram'",
+    ),
   )
   def test_rows_that_do_not_count(self, strategy, held):
     """Examples that are masked leave nothing in the layers' statistics."""

@@ -550,6 +550,7 @@ class GramMatricesTest(parameterized.TestCase):
     (lambda x: jnp.ones(len(x)), r"bool \[7, ...\].*float32 \(7,\)"),
     (lambda x: jnp.ones((2, 7), bool), r"bool \[7, ...\].*bool \(2, 7\)"),
     (lambda x: jnp.array(True), r"bool \(\)"),
+    (lambda x: jnp.ones((7, 3), bool), "21 entries.*no layer"),
   )
   def test_a_mask_that_does_not_fit(self, mask, message):
     linear = lambda params, x: x @ params["w"]  # noqa: E731
