@@ -15,7 +15,7 @@ from jaxmerge.continual import (
   strategies,
   streams,
 )
-from jaxmerge.continual._learners import Learner, Rehearsal
+from jaxmerge.continual._learners import Learner
 from jaxmerge.continual._path import Path
 from jaxmerge.continual._problem import (
   Problem,
@@ -23,6 +23,7 @@ from jaxmerge.continual._problem import (
   make_problem,
 )
 from jaxmerge.continual._projection import Projection
+from jaxmerge.continual._rehearsal import Rehearsal
 from jaxmerge.continual._signs import Signs
 from jaxmerge.continual._strategy import (
   Finetune,

@@ -17,6 +17,7 @@ from jaxmerge.continual import (
   _path,
   _problem,
   _projection,
+  _rehearsal,
   _run,
   _signs,
   _training,
@@ -33,29 +34,6 @@ HEADS = ("all", "seen", "task")
 
 # Examples of a task that its loss and gradient at the start are reported of.
 _START_SAMPLES = 200
-
-
-class Rehearsal(NamedTuple):
-  """How stored examples take part in the training of a task.
-
-  Attributes:
-    batch_size: number of stored examples a step.
-    weight: of their cross-entropy, beside that of the task's own batch; None
-      for 1/t of the own and 1 - 1/t of theirs at the t-th task.
-    soft_weight: of the squared distance to the logits that were stored with
-      them (DER's alpha), on a batch of its own.
-    online: fill the buffer while training, batch by batch, rather than after
-      the task; the task's own examples are then replayed, too.
-    project: use them to project the gradient (A-GEM) instead of in the loss.
-    augment: whether the problem's augmentation is applied to them.
-  """
-
-  batch_size: int = 32
-  weight: float | None = 1.0
-  soft_weight: float = 0.0
-  online: bool = False
-  project: bool = False
-  augment: bool = False
 
 
 class Learner(NamedTuple):
@@ -84,7 +62,7 @@ class Learner(NamedTuple):
   start: str = "last"
   rows: str = "task"
   head: str = "all"
-  rehearsal: Rehearsal | None = None
+  rehearsal: _rehearsal.Rehearsal | None = None
   regularizer: regularizers.Regularizer | None = None
   adapter: models.Lora | None = None
   path: _path.Path | None = None
@@ -144,29 +122,8 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
     _signs.check(learner.signs)
   if learner.adapter is not None:
     _check_adapter(learner, problem)
-  rehearsal = learner.rehearsal
-  if rehearsal is None:
-    return
-  if rehearsal.batch_size < 1:
-    raise ValueError(
-      f"Rehearsal's batch_size must be at least 1, got {rehearsal.batch_size}."
-    )
-  for name in ("weight", "soft_weight"):
-    if (getattr(rehearsal, name) or 0) < 0:
-      raise ValueError(f"Rehearsal's {name} must not be negative.")
-  if rehearsal.project and rehearsal.soft_weight:
-    raise ValueError("project and soft_weight exclude each other.")
-  if (rehearsal.soft_weight or rehearsal.project) and not rehearsal.online:
-    raise ValueError(
-      "soft_weight and project work on a buffer that is filled while training: "
-      "set online=True."
-    )
-  if problem.replay is None:
-    raise ValueError(
-      "The strategy replays stored examples, but the problem has no replay "
-      "buffer. Give make_problem(replay=...), or choose a strategy that needs "
-      "no data."
-    )
+  if learner.rehearsal is not None:
+    _rehearsal.check(learner.rehearsal, problem)
 
 
 def _check_projected(learner: Learner) -> None:
@@ -244,35 +201,6 @@ def init(learner: Learner, problem: _problem.Problem) -> LearnerState:
   )
 
 
-def replay_example(
-  problem: _problem.Problem, soft: bool = False
-) -> dict[str, Any]:
-  """One example as the online buffer stores it."""
-  example: dict[str, Any] = {
-    name: jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
-    for name, values in problem.stream.train.items()
-  }
-  if soft:
-    example["logits"] = jax.ShapeDtypeStruct(
-      (problem.stream.num_classes,), jnp.float32
-    )
-  return example
-
-
-def init_online(
-  learner: Learner, problem: _problem.Problem
-) -> replay_lib.ReplayState | None:
-  """The empty buffer of a learner that fills it while training."""
-  rehearsal = learner.rehearsal
-  if rehearsal is None or not rehearsal.online:
-    return None
-  assert problem.replay is not None
-  state = problem.replay.init(
-    replay_example(problem, bool(rehearsal.soft_weight))
-  )
-  return jax.tree.map(lambda leaf: _problem.seed_axis(problem, leaf), state)
-
-
 def _labels(
   problem: _problem.Problem, learner: Learner, task: int
 ) -> dict[str, Any]:
@@ -284,50 +212,6 @@ def _labels(
     ),
     "weight": _problem.seed_axis(problem, np.float32(1)),
   }
-
-
-def _rehearse(
-  problem: _problem.Problem,
-  rehearsal: Rehearsal,
-  task: int,
-  buffer: np.ndarray,
-  frozen: Data,
-) -> tuple[list[str], Data]:
-  """The terms of stored examples, and their data."""
-  fill = functools.partial(_problem.seed_axis, problem)
-  own = problem.stream.scenario == "task-incremental"
-  masks = _problem.head_masks(problem, "task" if own else "seen", task)
-  names = []
-  data: Data = {}
-  count = buffer.shape[1]
-  weight = rehearsal.weight
-  if weight is None:
-    share = 1 / (task + 1)
-    weight = 1 - share
-    frozen["labels"]["weight"] = fill(np.float32(share))
-  if not rehearsal.online:
-    assert problem.replay is not None
-    slots = problem.replay.slots
-    rows = np.zeros((problem.num_seeds, slots), np.int32)
-    rows[:, :count] = buffer
-    data["buffer"] = {
-      "items": problem.examples(rows),
-      "count": fill(np.float32(count)),
-    }
-  if rehearsal.project:
-    names.append("project")
-    data["replay"] = {"masks": fill(masks), "weight": fill(np.float32(1))}
-    return names, data
-  if weight or not rehearsal.online:
-    names.append("replay")
-    data["replay"] = {
-      "masks": fill(masks),
-      "weight": fill(np.float32(weight)),
-    }
-  if rehearsal.soft_weight:
-    names.append("soft_replay")
-    data["soft_replay"] = {"weight": fill(np.float32(rehearsal.soft_weight))}
-  return names, data
 
 
 def report_start(
@@ -377,6 +261,55 @@ def _projected(
   )
 
 
+def _loss(
+  learner: Learner,
+  problem: _problem.Problem,
+  state: LearnerState,
+  task: int,
+  start: PyTree,
+  buffer: np.ndarray,
+  online: replay_lib.ReplayState | None,
+) -> tuple[_objective.Terms, Data, Data]:
+  """The terms of a task's loss, their data, and the state of the run."""
+  names = ["labels"]
+  run_state: Data = {}
+  frozen: Data = {"labels": _labels(problem, learner, task)}
+  rehearsal, regularizer = learner.rehearsal, learner.regularizer
+  if rehearsal is not None:
+    more, data = _rehearsal.terms(rehearsal, problem, task, buffer)
+    names += more
+    frozen |= {name: frozen.get(name, {}) | data[name] for name in data}
+    if online is not None:
+      run_state["buffer"] = online
+  if regularizer is not None:
+    for name, data in regularizer.terms(
+      problem, state.regularizer, start, task
+    ).items():
+      frozen[name] = frozen.get(name, {}) | data
+      names += [] if name == "labels" else [name]
+    if regularizer.follows:
+      names.append("path")
+      run_state["path"] = _objective.start_path(start)
+  if learner.adapter is not None:
+    frozen["base"] = problem.params
+  if learner.signs is not None:
+    origin = problem.params
+    if learner.adapter is not None:
+      origin = jax.tree.map(jnp.zeros_like, start)
+    frozen["signs"] = _signs.data(problem, learner.signs, start, origin, task)
+  transform = (
+    problem.transform if rehearsal is not None and rehearsal.augment else None
+  )
+  terms = _objective.Terms(
+    tuple(names),
+    0 if rehearsal is None else rehearsal.batch_size,
+    problem.replay if online is not None else None,
+    transform,
+    learner.adapter,
+  )
+  return terms, frozen, run_state
+
+
 def learn(
   learner: Learner,
   problem: _problem.Problem,
@@ -406,41 +339,8 @@ def learn(
     "stream": lambda: problem.rows_of(range(problem.num_tasks)),
     "buffer": lambda: buffer,
   }[learner.rows]()
-  names = ["labels"]
-  run_state: Data = {}
-  frozen: Data = {"labels": _labels(problem, learner, task)}
-  rehearsal, regularizer = learner.rehearsal, learner.regularizer
-  if rehearsal is not None:
-    more, data = _rehearse(problem, rehearsal, task, buffer, frozen)
-    names += more
-    frozen |= data
-    if online is not None:
-      run_state["buffer"] = online
-  if regularizer is not None:
-    for name, data in regularizer.terms(
-      problem, state.regularizer, start, task
-    ).items():
-      frozen[name] = frozen.get(name, {}) | data
-      names += [] if name == "labels" else [name]
-    if regularizer.follows:
-      names.append("path")
-      run_state["path"] = _objective.start_path(start)
-  if learner.adapter is not None:
-    frozen["base"] = problem.params
-  if learner.signs is not None:
-    origin = problem.params
-    if learner.adapter is not None:
-      origin = jax.tree.map(jnp.zeros_like, start)
-    frozen["signs"] = _signs.data(problem, learner.signs, start, origin, task)
-  transform = (
-    problem.transform if rehearsal is not None and rehearsal.augment else None
-  )
-  terms = _objective.Terms(
-    tuple(names),
-    0 if rehearsal is None else rehearsal.batch_size,
-    problem.replay if online is not None else None,
-    transform,
-    learner.adapter,
+  terms, frozen, run_state = _loss(
+    learner, problem, state, task, start, buffer, online
   )
   anchor, released = start, True
   traces = []
@@ -475,6 +375,7 @@ def learn(
     }
     problem.report("training", task, trace)
   after = result.state or {}
+  regularizer = learner.regularizer
   if regularizer is not None:
     state = state._replace(
       regularizer=regularizer.after_task(

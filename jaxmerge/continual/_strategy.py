@@ -18,6 +18,7 @@ from jaxmerge.continual import (
   _learners,
   _objective,
   _problem,
+  _rehearsal,
   _run,
   _training,
   merges,
@@ -326,7 +327,7 @@ def compose(
       )
     buffer = None
     if online:
-      buffer = _learners.init_online(learner, problem)
+      buffer = _rehearsal.init_online(learner.rehearsal, problem)
     elif needs_replay and problem.replay is not None:
       buffer = jax.tree.map(
         functools.partial(_problem.seed_axis, problem),
