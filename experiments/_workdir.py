@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +23,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
   temporary.replace(path)
 
 
+# A list of numbers over several lines; no string of JSON has a line break.
+_NUMBERS = re.compile(r"\[\n\s*((?:[\w.+-]+,\s+)*[\w.+-]+)\s*\]")
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON under a temporary name and renames it."""
-  write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+  """Writes JSON under a temporary name and renames it.
+
+  Lists of numbers are on one line each.
+  """
+  text = json.dumps(value, indent=1, sort_keys=True)
+  text = _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", text)
+  write_text(path, text + "\n")
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
