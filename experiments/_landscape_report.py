@@ -169,7 +169,8 @@ def page(results: dict[str, Any]) -> str:
     "",
     "Made by `python -m experiments.landscape --publish "
     f"--config=experiments/configs/landscape.py:{variant}` from networks of",
-    "`experiments.mpf`; figures from `experiments/results/landscape.json`.",
+    f"`experiments.mpf` with seeds {results['mpf']['seeds']}; figures from",
+    "`experiments/results/landscape.json`.",
     "",
     *_about(results),
     "",

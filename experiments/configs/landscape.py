@@ -1,7 +1,8 @@
 """The loss landscape around a Mode Path Fusion: the paper's Figure 1.
 
     python -m experiments.mpf --workdir=runs/mnist \
-      --config=experiments/configs/mpf.py:mnist-mlpnet
+      --config=experiments/configs/mpf.py:mnist-mlpnet \
+      --config.seeds="(0, 1, 2)"
     python -m experiments.landscape --workdir=runs/landscape \
       --mpf_workdir=runs/mnist \
       --config=experiments/configs/landscape.py:mnist-mlpnet
