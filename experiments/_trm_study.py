@@ -33,13 +33,15 @@ class Setting:
 
   Attributes:
     problem: the stream and the network, for one seed.
-    measure: `measure(params, count) -> accuracy [count]` on the first so many
-      tasks, in [0, 1], leaves of params with an axis of one seed.
+    measure: `measure(params, count) -> accuracies` on the first so many tasks,
+      float `[count]` in [0, 1], leaves of params with an axis of one seed:
+      `accuracy` among all classes, and for images `accuracy_within`, among
+      those of the example's task.
     sizes: number of examples that each task is judged on.
   """
 
   problem: continual.Problem
-  measure: Callable[[PyTree, int], np.ndarray]
+  measure: Callable[[PyTree, int], dict[str, np.ndarray]]
   sizes: tuple[int, ...]
 
 
@@ -124,16 +126,15 @@ def _texts(
     split = config.judge
     rows = [getattr(task, split) for task in stream.tasks]
 
-    def measure(params: PyTree, count: int) -> np.ndarray:
-      return np.array(
-        _predictions.task_accuracies(
-          back.logits_fn,
-          jax.tree.map(lambda leaf: leaf[0], params),
-          back.test if split == "test" else back.pool,
-          rows[:count],
-          batch_size=config.eval_batch_size,
-        )
+    def measure(params: PyTree, count: int) -> dict[str, np.ndarray]:
+      found = _predictions.task_accuracies(
+        back.logits_fn,
+        jax.tree.map(lambda leaf: leaf[0], params),
+        back.test if split == "test" else back.pool,
+        rows[:count],
+        batch_size=config.eval_batch_size,
       )
+      return {"accuracy": np.array(found)}
 
     return Setting(problem, measure, tuple(len(one) for one in rows))
 
@@ -197,9 +198,18 @@ def _images(
     problem = dataclasses.replace(problem, params=params)
     rows = [getattr(task, config.judge) for task in stream.tasks]
 
-    def measure(params: PyTree, count: int) -> np.ndarray:
-      found = continual.accuracies(problem, params, split=config.judge)
-      return found[0, :count]
+    problems = {
+      "accuracy": problem,
+      "accuracy_within": dataclasses.replace(
+        problem, stream=stream._replace(scenario="task-incremental")
+      ),
+    }
+
+    def measure(params: PyTree, count: int) -> dict[str, np.ndarray]:
+      return {
+        name: continual.accuracies(one, params, split=config.judge)[0, :count]
+        for name, one in problems.items()
+      }
 
     return Setting(problem, measure, tuple(len(one) for one in rows))
 

@@ -106,14 +106,16 @@ def _row(
   journal = _Journal([])
   problem = dataclasses.replace(setting.problem, report=journal)
   state = strategy.init(problem)
-  matrix = np.full((total, total), np.nan)
+  matrices: dict[str, np.ndarray] = {}
   done = 0
   with checkpoints.Store(folder / "states" / name, max_to_keep=1) as kept:
     found = kept.restore(state)
     if found is not None:
       done, state, record = found
-      matrix[:done] = np.array(record["accuracy"], np.float64)
-      journal.tasks[:] = record["tasks"]
+      journal.tasks[:] = record.pop("tasks")
+      for measure, lines in record.items():
+        matrices[measure] = np.full((total, total), np.nan)
+        matrices[measure][:done] = np.array(lines, np.float64)
     bar.update(done)
     for task in range(done, total):
       state = strategy.observe(problem, state, task)
@@ -121,29 +123,35 @@ def _row(
       if strategy.measured(problem, task):
         # Of the tasks so far: nothing that is reported needs the later ones.
         seen = task + 1
-        matrix[task, :seen] = setting.measure(
-          strategy.params(problem, state), seen
-        )
+        params = strategy.params(problem, state)
+        for measure, values in setting.measure(params, seen).items():
+          empty = np.full((total, total), np.nan)
+          matrices.setdefault(measure, empty)[task, :seen] = values
       kept.save(
         task + 1,
         state,
-        {"accuracy": _listed(matrix[: task + 1]), "tasks": journal.tasks},
+        {"tasks": journal.tasks} | _listed(matrices, task + 1),
       )
       bar.update(1)
     kept.wait()
   return {
-    "accuracy": _listed(matrix),
+    **_listed(matrices, total),
     "tasks": journal.tasks,
     "memory": strategy.memory(problem, state, total),
   }
 
 
-def _listed(matrix: np.ndarray) -> list[list[float | None]]:
-  """Rows; None for what was not measured, which JSON cannot say."""
-  return [
-    [None if np.isnan(value) else float(value) for value in line]
-    for line in matrix
-  ]
+def _listed(
+  matrices: dict[str, np.ndarray], count: int
+) -> dict[str, list[list[float | None]]]:
+  """So many rows of each; None for what JSON cannot say, not measured."""
+  return {
+    name: [
+      [None if np.isnan(value) else float(value) for value in line]
+      for line in matrix[:count]
+    ]
+    for name, matrix in matrices.items()
+  }
 
 
 def run(
@@ -170,6 +178,7 @@ def run(
   # The study first: a bad configuration must leave no workdir behind.
   study = _trm_study.build(config, data_dir)
   rows: dict[str, list[dict[str, Any]]] = {name: [] for name in config.rows}
+  before = []
   with (
     _workdir.open_workdir(workdir, config) as folder,
     tqdm.tqdm(
@@ -185,7 +194,11 @@ def run(
       zero_shot = place / "zero_shot.json"
       if not zero_shot.exists():
         found = setting.measure(setting.problem.params, config.num_tasks)
-        _workdir.write_json(zero_shot, found.tolist())
+        _workdir.write_json(
+          zero_shot, {name: values.tolist() for name, values in found.items()}
+        )
+      baseline = json.loads(zero_shot.read_text())
+      before.append(_trm_report.metrics_before(baseline, setting.sizes))
       for name, strategy in study.strategies.items():
         bar.set_description(f"order {number} {name:18}")
         file = place / f"{name}.json"
@@ -197,12 +210,14 @@ def run(
           bar.update(config.num_tasks)
         shutil.rmtree(place / "states" / name, ignore_errors=True)
         row = json.loads(file.read_text())
-        baseline = np.array(json.loads(zero_shot.read_text()))
-        row["metrics"] = _trm_report.metrics_of(row, setting.sizes, baseline)
+        row["metrics"] = _trm_report.metrics_of(
+          row, setting.sizes, np.array(baseline["accuracy"])
+        )
         rows[name].append(row)
     assert setting is not None
     results = {
       "config": _workdir.as_json(config),
+      "zero_shot": before,
       "rows": rows,
       "num_parameters": study.num_parameters,
       "versions": _hardware.versions(),

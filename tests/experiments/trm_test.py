@@ -79,6 +79,10 @@ class DigitsTest(parameterized.TestCase):
         self.assertEqual(matrix.shape, (5, 5))
         self.assertEqual(np.isnan(matrix[:-1]).all(), name == "joint")
         self.assertTrue(((matrix[-1] >= 0) & (matrix[-1] <= 1)).all())
+        within = np.array(entry["accuracy_within"], np.float64)
+        np.testing.assert_array_equal(np.isnan(within), np.isnan(matrix))
+        self.assertTrue((within >= matrix)[~np.isnan(matrix)].all())
+        self.assertGreater(entry["metrics"]["within"], 0.5)
         # A later task is not measured.
         self.assertTrue(np.isnan(matrix[np.triu_indices(5, 1)]).all())
     self.assertGreater(
@@ -122,10 +126,20 @@ class DigitsTest(parameterized.TestCase):
   def test_pretraining_is_on_half_of_the_classes(self):
     for number in range(2):
       place = self.folder / f"order-{number}/zero_shot.json"
-      accuracy = json.loads(place.read_text())
+      found = json.loads(place.read_text())
+      accuracy = found["accuracy"]
       # Two and a half of five tasks are known.
       self.assertGreater(np.mean(accuracy[:2]), 0.5)
       self.assertEqual(accuracy[3:], [0, 0])
+      within = np.array(found["accuracy_within"])
+      self.assertTrue((within >= accuracy).all())
+      self.assertTrue((within[3:] > 0).all())
+      # Tasks of the digits are not quite of the same size.
+      before = self.results["zero_shot"][number]
+      self.assertAlmostEqual(
+        before["final_accuracy"], np.mean(accuracy), delta=0.01
+      )
+      self.assertAlmostEqual(before["within"], within.mean(), delta=0.01)
 
   def test_killed_and_started_again(self):
     folder = self.root / "killed"
@@ -161,6 +175,8 @@ class DigitsTest(parameterized.TestCase):
   def test_table_and_page(self):
     table = (self.folder / "table.md").read_text()
     self.assertIn("| trm |", table)
+    self.assertIn("| zero-shot |", table)
+    self.assertIn("| within tasks % |", table)
     self.assertIn("1.00 (", table)
     _trm_report.publish(self.results, self.folder, self.root)
     _trm_report.publish(
@@ -255,6 +271,9 @@ class TextsTest(_magmax.Folders):
       self.assertEqual(np.array(entry["accuracy"]).shape, (2, 2), name)
       # 8 of 20 texts of each class are trained on.
       self.assertEqual(entry["tasks"][0]["training"]["steps"], 4)
+    table = _trm_report.table(results)
+    self.assertIn("| zero-shot |", table)
+    self.assertNotIn("within", table)
 
 
 class ConfigTest(parameterized.TestCase):
