@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -11,8 +12,9 @@ import ml_collections
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments import _trm_report, trm
+from experiments import _trm_report, _trm_study, trm
 from experiments.configs import trm as configs
+from jaxmerge import continual
 from tests.experiments import _magmax
 
 BRIEF = {"learning_rate": 0.05, "epochs": 1, "batch_size": 32}
@@ -140,6 +142,22 @@ class DigitsTest(parameterized.TestCase):
         before["final_accuracy"], np.mean(accuracy), delta=0.01
       )
       self.assertAlmostEqual(before["within"], within.mean(), delta=0.01)
+
+  def test_measure(self):
+    setting = _trm_study.build(self.config, None).make(0, self.folder)
+    params = setting.problem.params
+    stream = setting.problem.stream._replace(scenario="task-incremental")
+    known = dataclasses.replace(setting.problem, stream=stream)
+    for count in (2, 5):
+      found = setting.measure(params, count)
+      np.testing.assert_array_equal(
+        found["accuracy"],
+        continual.accuracies(setting.problem, params)[0, :count],
+      )
+      np.testing.assert_array_equal(
+        found["accuracy_within"],
+        continual.accuracies(known, params)[0, :count],
+      )
 
   def test_killed_and_started_again(self):
     folder = self.root / "killed"
