@@ -177,11 +177,12 @@ def table(results: Results) -> str:
     "",
     "Mean ± sample standard deviation over the class orders. Zero-shot: the"
     " network before any task. Start: the mean"
-    " over the tasks after the first, on 200 examples of the task, over the"
-    " classes of the training's loss. Steps: until the mean accuracy of five"
-    " batches in training is at least 90% of the last. Seconds: the median over"
-    " the tasks after the second, the first two compile. Of training %: the"
-    " seconds of a task's merge, over those of its training.",
+    " over the tasks after the first, on 200 examples of the task, over its"
+    " classes. Steps: until the mean accuracy of five batches in training, over"
+    " the classes of its loss, is at least 90% of the last; 5 is the least."
+    " Seconds: the median over the tasks after the second, the first two"
+    " compile. Of training %: the seconds of a task's merge, over those of its"
+    " training.",
   ]
   if images:
     lines += [

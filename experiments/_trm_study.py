@@ -26,6 +26,14 @@ from jaxmerge.continual import streams
 
 PyTree = Any
 
+# `make(order) -> problem` before any training, `finish(order, problem,
+# workdir) -> setting`, and the number of parameters.
+Parts = tuple[
+  Callable[[int], continual.Problem],
+  Callable[[int, continual.Problem, pathlib.Path], "Setting"],
+  int,
+]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
@@ -97,24 +105,31 @@ def build(config: ml_collections.ConfigDict, data_dir: str | None) -> Study:
       raise ValueError(
         f"Row {label} stores examples; this study is of strategies that do not."
       )
-  make, count = kinds[config.kind](config, data_dir)
-  return Study(config, made, make, count)
+  make, finish, count = kinds[config.kind](config, data_dir)
+  problem = make(0)
+  for label, one in made.items():
+    try:
+      one.init(problem)  # What it cannot do is said before anything is trained.
+    except ValueError as error:
+      raise ValueError(f"Row {label}: {error}") from error
+
+  def setting(number: int, workdir: pathlib.Path) -> Setting:
+    return finish(number, make(number), workdir)
+
+  return Study(config, made, setting, count)
 
 
-def _texts(
-  config: ml_collections.ConfigDict, data_dir: str | None
-) -> tuple[Callable[[int, pathlib.Path], Setting], int]:
+def _texts(config: ml_collections.ConfigDict, data_dir: str | None) -> Parts:
   """A pre-trained encoder of sentences with a frozen head."""
   back = _backbone.texts(config, data_dir)
 
-  def make(number: int, workdir: pathlib.Path) -> Setting:
-    del workdir
+  def make(number: int) -> continual.Problem:
     order = config.orders[number]
     stream = streams.class_incremental(
       back.pool, back.test, num_tasks=config.num_tasks, seed=order
     )
     stream = _continual_study.split(stream, config.per_class, back.held_out)
-    problem = continual.make_problem(
+    return continual.make_problem(
       stream,
       back.logits_fn,
       jax.tree.map(lambda leaf: leaf[None], back.params),
@@ -123,8 +138,13 @@ def _texts(
       mask_fn=back.mask_fn,
       devices=config.devices or None,
     )
+
+  def finish(
+    number: int, problem: continual.Problem, workdir: pathlib.Path
+  ) -> Setting:
+    del number, workdir
     split = config.judge
-    rows = [getattr(task, split) for task in stream.tasks]
+    rows = [getattr(task, split) for task in problem.stream.tasks]
 
     def measure(params: PyTree, count: int) -> dict[str, np.ndarray]:
       found = _predictions.task_accuracies(
@@ -138,16 +158,14 @@ def _texts(
 
     return Setting(problem, measure, tuple(len(one) for one in rows))
 
-  return make, _size(back.params)
+  return make, finish, _size(back.params)
 
 
 def _size(params: PyTree) -> int:
   return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
 
 
-def _images(
-  config: ml_collections.ConfigDict, data_dir: str | None
-) -> tuple[Callable[[int, pathlib.Path], Setting], int]:
+def _images(config: ml_collections.ConfigDict, data_dir: str | None) -> Parts:
   """A network that is trained on half of the classes first."""
   train = data_lib.load(config.dataset, "train", data_dir=data_dir)
   test = data_lib.load(config.dataset, "test", data_dir=data_dir)
@@ -168,7 +186,7 @@ def _images(
   transform = _classify.augmentation(config.crop_padding, config.flip)
   shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
 
-  def make(number: int, workdir: pathlib.Path) -> Setting:
+  def make(number: int) -> continual.Problem:
     order = config.orders[number]
     stream = streams.class_incremental(
       train,
@@ -181,7 +199,7 @@ def _images(
       stream, config.per_class, np.zeros(0, np.int32)
     )
     key = jax.random.fold_in(jax.random.key(0), order)
-    problem = continual.make_problem(
+    return continual.make_problem(
       stream,
       logits_fn,
       jax.tree.map(lambda leaf: leaf[None], model.init(key, example)["params"]),
@@ -189,7 +207,11 @@ def _images(
       transform=transform,
       devices=config.devices or None,
     )
-    like = problem.params
+
+  def finish(
+    number: int, problem: continual.Problem, workdir: pathlib.Path
+  ) -> Setting:
+    like, stream = problem.params, problem.stream
     params, _ = _stage.run(
       f"pretrained-{number}",
       lambda options: (_pretrained(config, problem, options), {}),
@@ -222,7 +244,7 @@ def _images(
 
     return Setting(problem, measure, tuple(sizes.tolist()))
 
-  return make, _size(shapes)
+  return make, finish, _size(shapes)
 
 
 def _hits(

@@ -66,6 +66,8 @@ def steps_to_learn(accuracy: np.ndarray) -> int:
   """
   window = min(_WINDOW, len(accuracy))
   sums = np.convolve(accuracy, np.ones(window) / window, "valid")
+  if sums[-1] <= 0:
+    return len(accuracy)  # Never.
   # Rounding of equal means must not decide.
   return int(np.argmax(sums >= _PART * sums[-1] - 1e-9)) + window
 

@@ -114,6 +114,7 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
       )
   if learner.path is not None:
     _path.check(learner.path)
+    _check_steps(learner, learner.path, problem)
   if learner.projection is not None:
     _projection.check(learner.projection)
     if not learner.projection.release:
@@ -124,6 +125,18 @@ def check(learner: Learner, problem: _problem.Problem) -> None:
     _check_adapter(learner, problem)
   if learner.rehearsal is not None:
     _rehearsal.check(learner.rehearsal, problem)
+
+
+def _check_steps(
+  learner: Learner, path: _path.Path, problem: _problem.Problem
+) -> None:
+  """Raises ValueError for a task with fewer steps than snapshots."""
+  sizes = [len(task.train) for task in problem.stream.tasks]
+  least = {"task": min(sizes), "seen": sizes[0], "stream": sum(sizes)}
+  if learner.rows in least:  # What a buffer holds is not known before.
+    rows = np.zeros((1, least[learner.rows]), np.int32)
+    plan = _training.plan(learner.training, rows)
+    _path.check_steps(path, plan.epochs * -(-rows.shape[1] // plan.batch_size))
 
 
 def _check_projected(learner: Learner) -> None:
@@ -217,12 +230,16 @@ def _labels(
 def report_start(
   learner: Learner, problem: _problem.Problem, start: PyTree, task: int
 ) -> None:
-  """Reports the loss and its gradient where a task's training starts."""
+  """Reports the loss and its gradient where a task's training starts.
+
+  Over the classes of the task, whatever those of the learner's loss, so that
+  learners can be compared.
+  """
   if problem.report is None:
     return
   params = network(learner, problem, start)
   loss, gradient = _gradient.mean_gradient(
-    problem, params, task, learner.head, _START_SAMPLES
+    problem, params, task, "task", _START_SAMPLES
   )
   problem.report(
     "start",

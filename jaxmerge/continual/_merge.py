@@ -46,7 +46,11 @@ class Merge(NamedTuple):
     needs_replay: whether it looks at stored examples.
     runs_network: whether it runs or aligns the network, for which it needs its
       parameters rather than adapters.
+    needs_start: whether it merges the expert with where its training started,
+      which must then be what was merged before.
     needs_path: whether it needs snapshots of the expert's training.
+    needs_initial: whether it reads the initial network at every task without
+      having it in its state.
   """
 
   name: str
@@ -54,7 +58,9 @@ class Merge(NamedTuple):
   update: Callable[[_problem.Problem, State, Step], tuple[PyTree, State]]
   needs_replay: bool = False
   runs_network: bool = False
+  needs_start: bool = False
   needs_path: bool = False
+  needs_initial: bool = False
 
 
 def no_state(problem: _problem.Problem) -> State:

@@ -83,7 +83,7 @@ def became(
     chunk_size: as in `jaxmerge.merging.diagonal_fisher`.
 
   Returns:
-    The merge.
+    The merge; it needs a learner whose tasks start at the merged network.
 
   Raises:
     ValueError: an option is out of its range; while merging, a Fisher
@@ -140,7 +140,11 @@ def became(
   parts += [f"samples={samples}"] if samples else []
   parts += [f"head={head}"] if head != "all" else []
   return _merge.Merge(
-    f"became({', '.join(parts)})", init, update, runs_network=True
+    f"became({', '.join(parts)})",
+    init,
+    update,
+    runs_network=True,
+    needs_start=True,
   )
 
 
@@ -152,7 +156,8 @@ def _check_fisher(fisher: PyTree, task: int) -> None:
     raise ValueError(
       f"The Fisher information of task {task} (seed {bad[0]}) is"
       f" {'zero' if totals[bad[0]] == 0 else 'not finite'}. Take more samples,"
-      " or look whether the task's training has diverged."
+      " look whether the task's training has diverged, or, where the task has"
+      " one class, take the probabilities over more: head='seen' or 'all'."
     )
 
 

@@ -143,12 +143,15 @@ def trm(
   }
   terms = tuple(name for name, value in weights.items() if value)
 
+  def init(problem: _problem.Problem) -> _merge.State:
+    _check_dtypes(problem.params, derivative, responsiveness)
+    return {}
+
   def update(
     problem: _problem.Problem, state: _merge.State, step: _merge.Step
   ) -> tuple[PyTree, _merge.State]:
     if step.task == 0:
       return step.expert, state
-    _check_dtypes(step.current, derivative, responsiveness)
     fill = functools.partial(_problem.seed_axis, problem)
     share = _merge.share(weight, step.task)
     plain = tree_lib.lerp(step.current, step.expert, share)
@@ -167,7 +170,8 @@ def trm(
     space = _subspace.span(groups, step.current, vectors, tolerance)
     length = _subspace.lengths(space)[:, 0]
     _check_moved(length, step.task)
-    start = jnp.zeros(space.weights.shape[:-1]).at[..., 0].set(share)
+    start = jnp.zeros(space.weights.shape[:-1], jnp.float32)
+    start = start.at[..., 0].set(share)
     old = np.zeros_like(_problem.head_masks(problem, "all", step.task))
     old[:] = _problem.head_masks(problem, "seen", step.task - 1)
     own = problem.stream.scenario == "task-incremental"
@@ -233,7 +237,7 @@ def trm(
   parts += [f"no {name}" for name in off]
   name = f"trm({', '.join(parts)})"
   return _merge.Merge(
-    name, _merge.no_state, update, runs_network=True, needs_path=True
+    name, init, update, runs_network=True, needs_start=True, needs_path=True
   )
 
 

@@ -43,7 +43,7 @@ def tunable_magmax(
       `jaxmerge.merging.task_preferences`; None for the preferences given.
     target: examples: an "input", or, for "labels", a "label".
     samples: number of examples of each task that its labels or logits are kept
-      of, evenly spaced; no example is kept.
+      of, evenly spaced, at most those of the smallest task; no example is kept.
     **options: of `task_preferences`.
 
   Returns:
@@ -86,7 +86,10 @@ def tunable_magmax(
     problem: _problem.Problem, params: PyTree, task: int
   ) -> np.ndarray:
     rows = problem.stream.tasks[task].train
-    places = np.linspace(0, len(rows) - 1, samples).round().astype(int)
+    # An example that came twice would seem like itself.
+    least = min(len(one.train) for one in problem.stream.tasks)
+    count = min(samples, least)
+    places = np.linspace(0, len(rows) - 1, count).round().astype(int)
     return seen(problem, params, problem.examples(rows[places]))
 
   def init(problem: _problem.Problem) -> _merge.State:
@@ -96,6 +99,9 @@ def tunable_magmax(
         " tasks: give one for each task of the stream."
       )
     state = {"experts": _merge.no_experts(problem)}
+    if similarity == "labels":
+      assert target is not None
+      _check_labels(np.asarray(target["label"]), problem)
     if similarity is not None:
 
       def one(params: PyTree) -> np.ndarray:
@@ -166,6 +172,7 @@ def tunable_magmax(
     init,
     update,
     runs_network=similarity is not None,
+    needs_initial=True,
   )
 
 
@@ -180,10 +187,14 @@ def _check(
       "Give preferences, or the similarity that they follow from, not both."
     )
   if preferences is not None:
-    values = np.asarray(preferences, np.float64)
-    if not (np.isfinite(values).all() and (values >= 0).all()):
+    try:
+      values = np.asarray(preferences, np.float64)
+    except (TypeError, ValueError):
+      values = np.full(1, np.nan)
+    if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
       raise ValueError(
-        f"preferences must be numbers that are not negative, got {preferences}."
+        "preferences must be numbers that are not negative, one a task, got"
+        f" {preferences!r}."
       )
     if not values[:1].sum() > 0:
       raise ValueError(
@@ -205,6 +216,21 @@ def _check(
     raise ValueError(f"The target data of {similarity} need a {field!r}.")
   if samples < 1:
     raise ValueError(f"samples must be at least 1, got {samples}.")
+
+
+def _check_labels(labels: np.ndarray, problem: _problem.Problem) -> None:
+  """Raises ValueError for labels of a target that is like no task."""
+  if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
+    raise ValueError(
+      "The label of the target data must be a vector of integers, not empty;"
+      f" got shape {labels.shape} of {labels.dtype}."
+    )
+  known = np.concatenate([task.classes for task in problem.stream.tasks])
+  if not np.isin(labels, known).any():
+    raise ValueError(
+      f"No task of the stream has a label of the target's, {labels[:6]}: give"
+      " data of its classes."
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -112,14 +112,12 @@ def quadratic_penalty(
   >>> float(quadratic_penalty({"w": 3.0}, {"w": 1.0}, {"w": 0.5}))
   1.0
   """
-  parts = jax.tree.map(
-    lambda p, c, f: (
-      (f * (p - c) ** 2).sum() if jnp.ndim(p) else f * (p - c) ** 2
-    ),
-    params,
-    center,
-    precision,
-  )
+
+  def part(p: jax.Array, c: jax.Array, f: jax.Array) -> jax.Array:
+    squares = f * jnp.asarray(p - c).astype(jnp.result_type(f)) ** 2
+    return squares.sum() if jnp.ndim(p) else squares
+
+  parts = jax.tree.map(part, params, center, precision)
   return jnp.asarray(sum(jax.tree.leaves(parts))) / 2
 
 

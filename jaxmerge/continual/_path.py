@@ -19,8 +19,10 @@ class Path(NamedTuple):
 
   Attributes:
     snapshots: k, their number, at least 1.
-    by: "step": after the steps j S / (k + 1) of S, j = 1..k; "distance":
-      nearest to the same parts of the way, the sum of the norms of all steps.
+    by: "step": after the steps j S / (k + 1) of S, j = 1..k; "distance": near
+      the same parts of the way, the sum of the norms of all steps. How long it
+      will be is not known before, so that the nearest is taken of a few more
+      snapshots than these, some 3 k + 1 along the way.
   """
 
   snapshots: int = 4
@@ -43,6 +45,18 @@ def check(path: Path) -> None:
     raise ValueError(f"Unknown by {path.by!r}. Choose {' or '.join(_BY)}.")
 
 
+def check_steps(path: Path, steps: int) -> None:
+  """Raises ValueError where there are not more steps than snapshots.
+
+  >>> check_steps(Path(2), 3)
+  """
+  if path.snapshots >= steps:
+    raise ValueError(
+      f"{path.snapshots} snapshots need at least {path.snapshots + 1} steps,"
+      f" but the training has {steps}. Take fewer snapshots, or more epochs."
+    )
+
+
 def transformation(
   path: Path, steps: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,13 +70,9 @@ def transformation(
     The transformation.
 
   Raises:
-    ValueError: there are fewer steps than snapshots, the last step not counted.
+    ValueError: see `check_steps`.
   """
-  if path.snapshots >= steps:
-    raise ValueError(
-      f"{path.snapshots} snapshots need at least {path.snapshots + 1} steps,"
-      f" but the training has {steps}. Take fewer snapshots, or more epochs."
-    )
+  check_steps(path, steps)
   if path.by == "distance":
     return _updates.keep_distances(max(4, 3 * path.snapshots + 1))
   parts = np.arange(1, path.snapshots + 1) / (path.snapshots + 1)

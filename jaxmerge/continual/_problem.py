@@ -46,9 +46,9 @@ class Report(Protocol):
 
     Args:
       what: what they are of: "start", the loss and the norm of its gradient
-        where a task's training starts; "training", every metric at every step;
-        "seconds" of the "training" and the "merging", compilation included; or
-        a merge's name.
+        where a task's training starts, over the task's classes; "training",
+        every metric at every step; "seconds" of the "training" and the
+        "merging", compilation included; or a merge's name.
       task: number of the task.
       values: NumPy arrays `[seeds, ...]`, and names.
     """

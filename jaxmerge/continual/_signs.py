@@ -44,8 +44,10 @@ def check(signs: Signs) -> None:
 
   >>> check(Signs())
   """
-  if signs.period < 1:
-    raise ValueError(f"period must be at least 1 step, got {signs.period}.")
+  if not isinstance(signs.period, int) or signs.period < 1:
+    raise ValueError(
+      f"period must be a whole number of steps, at least 1; got {signs.period}."
+    )
   if not 0 < signs.fraction <= 1:
     raise ValueError(f"fraction must lie in (0, 1], got {signs.fraction}.")
   if signs.scope not in ("leaf", "vector"):

@@ -278,7 +278,7 @@ def compose(
       " fine-tuning, or a merge that runs the network, is not there for them."
       " Leave the adapter out, or choose another merge."
     )
-  if merge is not None and merge.needs_path and learner.start != "merged":
+  if merge is not None and merge.needs_start and learner.start != "merged":
     raise ValueError(
       f"The merge {merge.name} merges a task's training with where it started:"
       " give the learner start='merged'."
@@ -442,8 +442,12 @@ def compose(
   ) -> dict[str, int]:
     seeds = problem.num_seeds
     networks = nbytes((state.current, state.learner)) // seeds
-    if learner.adapter is not None or learner.signs is not None:
-      # What adapters are added to, and what signs are relative to.
+    if (
+      learner.adapter is not None
+      or learner.signs is not None
+      or (merge is not None and merge.needs_initial)
+    ):
+      # What adapters are added to, what signs and task vectors are relative to.
       networks += nbytes(problem.params) // seeds
     if learner.start == "last" and merge is None and finetune is None:
       networks -= nbytes(state.current) // seeds  # One and the same.

@@ -195,7 +195,8 @@ def loss_fn(
     value, error = jax.value_and_grad(aligned)(logits)
     metrics = {"alignment": value}
     total = weights["alignment"] * value
-    by_logits = weights["alignment"] * error
+    # Logits of half types are summed up in float32, and go back as they are.
+    by_logits = weights["alignment"] * error.astype(jnp.float32)
     if "consistency" in terms:
       targets = logits_fn(space.origin, batch["input"])
       old = frozen["old"][batch["task"]]
@@ -209,8 +210,9 @@ def loss_fn(
       value, more = jax.value_and_grad(consistent)(logits)
       metrics["consistency"] = value
       total += weights["consistency"] * value
-      by_logits += weights["consistency"] * more
-    gradient = jax.lax.pmean(back(by_logits)[0], training.DEVICE_AXIS)
+      by_logits += weights["consistency"] * more.astype(jnp.float32)
+    pulled = back(by_logits.astype(logits.dtype))[0]
+    gradient = jax.lax.pmean(pulled, training.DEVICE_AXIS)
     if "responsiveness" in terms:
       own = jax.lax.pmean(back(error)[0], training.DEVICE_AXIS)
       norm = tree_lib.norm(own)

@@ -198,6 +198,7 @@ def by_rule(name: str, *, samples: int | None = None, **options: Any) -> Merge:
     init,
     update,
     runs_network=rule.info.statistics is not None,
+    needs_initial=rule.info.needs_base and not rule.info.streams,
   )
 
 

@@ -56,6 +56,14 @@ def _positive(**values: float) -> None:
       raise ValueError(f"{name} must be positive, got {value}.")
 
 
+def _zeros(params: PyTree) -> PyTree:
+  """A precision of zero, which half types are too coarse for."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, tree_lib.accumulation_dtype(leaf)),
+    params,
+  )
+
+
 def ewc(
   weight: float,
   *,
@@ -112,8 +120,7 @@ def ewc(
   _fisher.check(samples, labels, head)
 
   def init(problem: _problem.Problem) -> State:
-    zeros = jax.tree.map(jnp.zeros_like, problem.params)
-    return {"center": problem.params, "precision": zeros}
+    return {"center": problem.params, "precision": _zeros(problem.params)}
 
   def terms(
     problem: _problem.Problem, state: State, start: PyTree, task: int
@@ -150,7 +157,8 @@ def ewc(
     ) -> jax.Array:
       known = total > 0
       share = jnp.where(known, added / jnp.where(known, total, 1.0), 1.0)
-      return old + share * (new - old)
+      way = share * (new - old).astype(share.dtype)
+      return old + way.astype(old.dtype)
 
     return {
       "center": jax.tree.map(
@@ -196,8 +204,7 @@ def si(weight: float, *, damping: float = 0.1) -> Regularizer:
   _positive(weight=weight, damping=damping)
 
   def init(problem: _problem.Problem) -> State:
-    zeros = jax.tree.map(jnp.zeros_like, problem.params)
-    return {"center": problem.params, "precision": zeros}
+    return {"center": problem.params, "precision": _zeros(problem.params)}
 
   def terms(
     problem: _problem.Problem, state: State, start: PyTree, task: int
@@ -218,7 +225,8 @@ def si(weight: float, *, damping: float = 0.1) -> Regularizer:
     credit = _objective.follow(path, params, path["grads"])["credit"]
     precision = jax.tree.map(
       lambda total, w, new, old: (
-        total + jnp.maximum(w, 0) / ((new - old) ** 2 + damping)
+        total
+        + (jnp.maximum(w, 0) / ((new - old) ** 2 + damping)).astype(total.dtype)
       ),
       state["precision"],
       credit,

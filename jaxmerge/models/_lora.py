@@ -57,6 +57,13 @@ def _targets(lora: Lora, params: PyTree) -> dict[str, tuple[int, ...]]:
   """Shapes of the kernels that have an adapter, by name."""
   names = tree_lib.leaf_names(params)
   leaves = jax.tree.leaves(params)
+  try:
+    re.compile(lora.targets)
+  except re.error as error:
+    raise ValueError(
+      f"The targets {lora.targets!r} of the adapters are no regular expression"
+      f" ({error})."
+    ) from error
   found = {
     name: tuple(leaf.shape)
     for name, leaf in zip(names, leaves, strict=True)
@@ -95,9 +102,9 @@ def lora_init(lora: Lora, key: jax.Array, params: PyTree) -> Adapters:
   >>> {name: leaf.shape for name, leaf in adapters["query/kernel"].items()}
   {'a': (4, 2), 'b': (2, 6)}
   """
-  if lora.rank < 1 or not lora.alpha > 0:
+  if not isinstance(lora.rank, int) or lora.rank < 1 or not lora.alpha > 0:
     raise ValueError(
-      "rank must be at least 1 and alpha positive, got"
+      "rank must be a whole number, at least 1, and alpha positive, got"
       f" {lora.rank} and {lora.alpha}."
     )
   shapes = _targets(lora, params)

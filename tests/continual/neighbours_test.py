@@ -478,7 +478,8 @@ class PamTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "targets 'query'"):
       continual.compose("x", bad).init(problem)
     for options, message in (
-      ({"period": 0}, "period must be at least 1"),
+      ({"period": 0}, "period must be a whole number"),
+      ({"period": 2.5}, "period must be a whole number"),
       ({"fraction": 0.0}, "fraction must lie"),
       ({"reset": "one"}, "reset 'one'"),
       ({"scope": "layer"}, "scope 'layer'"),
@@ -547,6 +548,8 @@ class TunableTest(parameterized.TestCase):
     for options, message in (
       ({"preferences": (1, -1, 1)}, "not negative"),
       ({"preferences": (0, 0, 0)}, "first task must be positive"),
+      ({"preferences": 5}, "one a task, got 5"),
+      ({"preferences": ("a", 1, 1)}, "must be numbers"),
       ({"similarity": "rank", "target": {}}, "similarity 'rank'"),
       ({"similarity": "ot"}, "give both, or none"),
       ({"similarity": "labels", "target": {"input": 0}}, "need a 'label'"),
@@ -558,6 +561,26 @@ class TunableTest(parameterized.TestCase):
         merges.tunable_magmax(**options)
     with self.assertRaisesRegex(ValueError, "2 preferences for 3 tasks"):
       strategies.get("tunable_magmax", preferences=(1, 1)).init(problem)
+    for labels, message in (
+      (np.zeros(0, np.int32), "not empty"),
+      (np.array([1.5]), "vector of integers"),
+      (np.array([17]), "No task of the stream"),
+    ):
+      strategy = strategies.get(
+        "tunable_magmax", similarity="labels", target={"label": labels}
+      )
+      with self.assertRaisesRegex(ValueError, message):
+        strategy.init(problem)
+
+  def test_no_example_is_compared_twice(self):
+    problem = _problem()
+    target = {"input": _problems.task_data(problem, 1)[0]}
+    strategy = strategies.get(
+      "tunable_magmax", training=BRIEF, similarity="mmd", target=target
+    )
+    seen = np.asarray(strategy.init(problem).merge["seen"])
+    # A task has 32 examples, of 200 that are asked for.
+    self.assertEqual(seen.shape, (2, 3, 32, 6))
 
 
 class StrategyTest(parameterized.TestCase):
@@ -614,7 +637,30 @@ class StrategyTest(parameterized.TestCase):
     if name == "trm":
       blind = strategies.get(name, training=BRIEF, path=continual.Path(2))
       with self.assertRaisesRegex(ValueError, "lost in parameters of bfloat16"):
-        _problems.observe(blind, problem, 2)
+        blind.init(problem)
+
+  @parameterized.parameters("naive", "ewc", "trm")
+  def test_half_logits(self, name):
+    """Without strict promotion logits may be of a half type, too."""
+    base = _problem()
+    problem = continual.make_problem(
+      base.stream,
+      lambda params, x: _problems.hidden_fn(params, x.astype(jnp.bfloat16)),
+      jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base.params),
+      keys=base.keys,
+    )
+    options = {
+      "ewc": {"weight": 1.0, "samples": 8},
+      "trm": {
+        "path": continual.Path(2),
+        "derivative": "forward_over_reverse",
+      },
+    }.get(name, {})
+    strategy = strategies.get(name, training=BRIEF, **options)
+    with jax.numpy_dtype_promotion("standard"):
+      state = _problems.observe(strategy, problem, 2)
+    chex.assert_trees_all_equal_dtypes(state.current, problem.params)
+    chex.assert_tree_all_finite(state.current)
 
   def test_parts_that_do_not_go_together(self):
     problem = _problem()
@@ -628,8 +674,9 @@ class StrategyTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"has {next(iter(more))}"):
         continual.compose("x", learner).init(problem)
     learner = continual.Learner(BRIEF, start="last", path=continual.Path(1))
-    with self.assertRaisesRegex(ValueError, "start='merged'"):
-      continual.compose("x", learner, merge=merges.trm())
+    for merge in (merges.trm(), merges.became()):
+      with self.assertRaisesRegex(ValueError, "start='merged'"):
+        continual.compose("x", learner, merge=merge)
     adapted = continual.Learner(BRIEF, adapter=LORA)
     with self.assertRaisesRegex(ValueError, "runs the network"):
       continual.compose("x", adapted, merge=merges.running(align="weights"))
@@ -637,12 +684,13 @@ class StrategyTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, "bogus"):
         strategies.get(name, bogus=1)
 
-  def test_merge_of_shared_networks_knows_the_start(self):
+  def test_memory_of_tunable_magmax(self):
+    """All networks, the last, the merged and the initial one."""
     problem = _problem()
-    strategy = continual.compose(
-      "x", continual.Learner(BRIEF, start="last"), merge=merges.became()
-    )
-    chex.assert_tree_all_finite(_problems.observe(strategy, problem, 2).current)
+    strategy = strategies.get("tunable_magmax", training=BRIEF)
+    state = _problems.observe(strategy, problem, 2)
+    size = sum(leaf[0].nbytes for leaf in jax.tree.leaves(problem.params))
+    self.assertEqual(strategy.memory(problem, state, 2)["networks"], 5 * size)
 
 
 class StatisticsTest(parameterized.TestCase):

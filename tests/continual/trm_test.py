@@ -392,7 +392,8 @@ class MergeTest(parameterized.TestCase):
 
   def test_start_is_where_the_training_begins(self):
     problem, found = _reported(_problem())
-    strategy = _strategy(head="task")
+    # Whatever the classes of the training's loss: learners are compared by it.
+    strategy = _strategy(head="seen")
     state = strategy.init(problem)
     state = strategy.observe(problem, state, 0)
     before = state.current
@@ -436,7 +437,21 @@ class MergeTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, "8 snapshots need at least 9 steps, but the training has 8"
     ):
-      _problems.observe(_strategy(path=continual.Path(8)), _problem(), 1)
+      _strategy(path=continual.Path(8)).init(_problem())
+
+  def test_steps_of_the_smallest_task(self):
+    base = _problem()
+    last = base.stream.tasks[2]
+    tasks = (*base.stream.tasks[:2], last._replace(train=last.train[:8]))
+    problem = continual.make_problem(
+      base.stream._replace(tasks=tasks),
+      base.logits_fn,
+      base.params,
+      keys=base.keys,
+    )
+    _strategy(path=continual.Path(1)).init(problem)
+    with self.assertRaisesRegex(ValueError, "the training has 2"):
+      _strategy(path=continual.Path(2)).init(problem)
 
 
 def _norm(problem, params):

@@ -45,7 +45,7 @@ def _rows(head, **training):
 def _config(**fields):
   """The digits variant, cut down to seconds."""
   config = configs.get_config("digits")
-  config.num_tasks, config.orders = 3, (0, 1)
+  config.orders = (0, 1)
   config.network_options.features = (16,)
   config.pretraining.epochs = 5
   with config.unlocked():
@@ -68,7 +68,6 @@ class DigitsTest(parameterized.TestCase):
     cls.root = pathlib.Path(directory.name)
     cls.folder = cls.root / "run"
     cls.config = _config()
-    cls.config.num_tasks = 5
     cls.results = trm.run(cls.config, str(cls.folder), progress=False)
 
   def test_rows(self):
@@ -244,6 +243,12 @@ class DigitsTest(parameterized.TestCase):
       {"rows": {"x": {"strategy": "trm", "path": {"steps": 2}}}},
       "x.path.*snapshots, by",
     ),
+    ({"rows": {"x": {"strategy": "trm", "path": {"snapshots": 0}}}}, "Row x: "),
+    (
+      {"rows": {"x": {"strategy": "pam", "adapter": {"targets": "query"}}}},
+      "Row x: No kernel",
+    ),
+    ({"num_tasks": 3}, "num_tasks 3 does not divide"),
   )
   def test_bad_configurations(self, fields, message):
     config = _config()
@@ -317,6 +322,7 @@ class ConfigTest(parameterized.TestCase):
     # Means of five: 0.4, 0.6, 0.76, 0.88, 0.96, 1.
     self.assertEqual(trm.steps_to_learn(rising), 9)
     self.assertEqual(trm.steps_to_learn(np.ones(3)), 3)
+    self.assertEqual(trm.steps_to_learn(np.zeros(50)), 50)
 
 
 if __name__ == "__main__":

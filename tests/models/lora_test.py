@@ -119,8 +119,11 @@ class LoraTest(parameterized.TestCase):
       models.lora_init(Lora(targets="query"), key, params)
     with self.assertRaisesRegex(ValueError, "targets 'bias'"):
       models.lora_init(Lora(targets="bias"), key, params)
-    with self.assertRaisesRegex(ValueError, "rank must be at least 1"):
-      models.lora_init(Lora(rank=0, targets="kernel"), key, params)
+    with self.assertRaisesRegex(ValueError, "no regular expression"):
+      models.lora_init(Lora(targets="("), key, params)
+    for rank in (0, 1.5):
+      with self.assertRaisesRegex(ValueError, "rank must be a whole number"):
+        models.lora_init(Lora(rank=rank, targets="kernel"), key, params)
     with self.assertRaisesRegex(ValueError, "alpha positive"):
       models.lora_init(Lora(alpha=0.0, targets="kernel"), key, params)
     lora = Lora(rank=1, targets="kernel")
