@@ -190,7 +190,8 @@ class MergeTest(parameterized.TestCase):
       ]
     self.assertEqual(*bytes_of["merge:magmax"])
     network = 9 * 6 * 4
-    self.assertEqual(bytes_of["merge:model_stock"], [2 * network, 4 * network])
+    # The merged, the initial one, and those of the tasks.
+    self.assertEqual(bytes_of["merge:model_stock"], [3 * network, 5 * network])
 
   def test_alignment_undoes_a_permutation(self):
     problem = _problems.problem(hidden=True, capacity=0)

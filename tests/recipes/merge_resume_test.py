@@ -20,6 +20,7 @@ from tests.recipes import _merging
 # The command, which waits after each file: however busy the machine is, the
 # first one is noticed before the last is written.
 _SLOWLY = """
+import signal
 import time
 from jaxmerge import cli
 from jaxmerge.recipes import _folder
@@ -31,6 +32,8 @@ def slowly(*args):
   time.sleep(0.5)
 
 _folder.Staging.finished = slowly
+# A shell starts what is in its background with interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main()
 """
 
