@@ -206,9 +206,9 @@ def _of_images(dataset: str) -> ml_collections.ConfigDict:
         "avg_1_t": {"head": "seen"},
         "magmax": {"scale": 1.0},
         "trm": {
-          "alignment_head": "seen",
-          "weight": 1.0,
-          "consistency": 1.0 if small else 5.0,
+          "alignment_head": "seen" if small else "task",
+          "weight": 1.0 if small else 0.5,
+          "consistency": 1.0,
           "temperature": 1.0,
           "path": {"snapshots": 4, "by": "distance" if small else "step"},
           "samples": 100,
