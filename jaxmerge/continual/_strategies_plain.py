@@ -1,4 +1,4 @@
-"""Strategies that neither merge nor store: training alone."""
+"""Strategies without a merge and without a buffer: training alone."""
 
 from __future__ import annotations
 
