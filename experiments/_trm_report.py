@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -26,6 +27,11 @@ MERGES = (
   "pam_network",
 )
 
+# Settings and rows as they follow each other on the page; JSON has them sorted
+# by letters.
+_SETTINGS = ("clinc150", "cifar10", "digits")
+_ROWS = ("joint", "naive", *MERGES, "ewc", "lwf", "trm")
+
 _COLUMNS = (
   ("final_accuracy", "final accuracy %", 100),
   ("average_accuracy", "after each task %", 100),
@@ -39,6 +45,28 @@ _COLUMNS = (
   ("merging_seconds", "merging s a task", 1),
   ("merging_share", "of training %", 100),
 )
+
+
+def _place(name: str, names: tuple[str, ...]) -> tuple[int, list[Any]]:
+  """Sorts a name by its place among others, by letters and numbers if none."""
+  parts = re.split(r"(\d+)", name)
+  letters: list[Any] = [int(p) if p.isdecimal() else p for p in parts]
+  return names.index(name) if name in names else len(names), letters
+
+
+def _arranged(kept: dict[str, Results]) -> dict[str, Results]:
+  """The settings and their rows in the order of the page."""
+
+  def setting(name: str) -> tuple[Any, ...]:
+    whole = name.removesuffix("-smoke").removesuffix("-ablations")
+    return _place(whole.split("-")[0], _SETTINGS), _place(whole, ()), name
+
+  arranged = {}
+  for name in sorted(kept, key=setting):
+    rows = kept[name]["rows"]
+    order = sorted(rows, key=lambda row: _place(row, _ROWS))
+    arranged[name] = {**kept[name], "rows": {row: rows[row] for row in order}}
+  return arranged
 
 
 def _later(row: Row, part: str, name: str) -> float | None:
@@ -191,6 +219,14 @@ def table(results: Results) -> str:
       " (tasks 1, 2 and half of 3): a strategy that learns nothing keeps the"
       " accuracy of zero-shot. Within tasks: among the classes of the"
       " example's own task, as if the task were known.",
+    ]
+  if "no_alignment" in config["rows"]:
+    row = config["rows"]["trm"]
+    path, granularity = row["path"], row.get("granularity", "global")
+    lines += [
+      "",
+      f"Each row is `trm` with one thing changed. `trm` has {path['snapshots']}"
+      f" snapshots by {path['by']} and {granularity} coefficients.",
     ]
   return "\n".join(lines) + "\n"
 
@@ -373,6 +409,7 @@ def claims(kept: dict[str, Results]) -> str:
 
 def render(kept: dict[str, Results]) -> str:
   """Makes the page from the finished variants."""
+  kept = _arranged(kept)
   lines = [
     "# Merging without storage",
     "",

@@ -214,6 +214,21 @@ class DigitsTest(parameterized.TestCase):
     self.assertEqual(set(kept), {"digits", "cifar10"})
     self.assertNotIn("step/loss", json.dumps(kept))
 
+  def test_order_on_the_page(self):
+    names = ("clinc150-10", "clinc150-5", "digits", "cifar10-ablations")
+    rows = dict(self.results["rows"])
+    rows = {"snapshots_8": rows["trm"], **dict(sorted(rows.items()))}
+    kept = {name: {**self.results, "rows": rows} for name in names}
+    lines = _trm_report.render(kept).splitlines()
+    self.assertEqual(
+      [line[3:] for line in lines if line.startswith("## ")][1:],
+      ["clinc150-5", "clinc150-10", "cifar10-ablations", "digits"],
+    )
+    self.assertEqual(
+      [line.split(" | ")[0][2:] for line in lines if line[:2] == "| "][1:7],
+      ["joint", "naive", "avg_half", "avg_1_t", "trm", "snapshots_8"],
+    )
+
   def test_claims(self):
     def entry(forgetting, gradient):
       return {"metrics": {"forgetting": forgetting, "start_gradient": gradient}}
