@@ -236,17 +236,20 @@ def plot(results: Results, workdir: pathlib.Path) -> None:
   import matplotlib
 
   matplotlib.use("Agg")
-  from matplotlib import pyplot
+  from matplotlib import pyplot, ticker
 
   figure, (left, right) = pyplot.subplots(
     1, 2, figsize=(10, 4), layout="constrained"
   )
   for name, entries in results["rows"].items():
+    # There are ten other colours.
+    style = {"color": "black", "lw": 2.5} if name == "trm" else {}
+    style |= {"marker": "o", "ms": 3, "label": name}
     matrices = np.array([one["accuracy"] for one in entries], np.float64)
     tasks = np.arange(1, matrices.shape[-1] + 1)
     means = metrics.accuracies_over_tasks(100 * matrices).mean(axis=0)
     if not np.isnan(means).any():
-      left.plot(tasks, means, "o-", ms=3, label=name)
+      left.plot(tasks, means, **style)
     norms = [
       [task["start"]["gradient_norm"] for task in one["tasks"]]
       for one in entries
@@ -254,13 +257,18 @@ def plot(results: Results, workdir: pathlib.Path) -> None:
       and all("start" in task for task in one["tasks"])
     ]
     if len(norms) == len(entries):
-      right.plot(tasks, np.mean(norms, axis=0), "o-", ms=3, label=name)
+      right.plot(tasks, np.mean(norms, axis=0), **style)
   left.set_xlabel("tasks learned")
   left.set_ylabel("accuracy on them %")
   left.legend(fontsize=6, ncols=2)
   right.set_xlabel("task")
   right.set_ylabel("gradient norm at its start")
   right.set_yscale("log")
+  for which in (
+    right.yaxis.set_major_formatter,
+    right.yaxis.set_minor_formatter,
+  ):
+    which(ticker.ScalarFormatter())
   _mpf_report.save_figure(figure, workdir / "tasks.png")
   pyplot.close(figure)
 
