@@ -180,9 +180,10 @@ def table(results: Results) -> str:
   columns = [
     one for one in _COLUMNS if images or not one[0].startswith("within")
   ]
+  orders = len(config["orders"])
   lines = [
     f"{network} on {config['dataset']}, {config['num_tasks']} tasks,"
-    f" {len(config['orders'])} class orders; accuracy % on the"
+    f" {orders} class order{'s' if orders > 1 else ''}; accuracy % on the"
     f" {config['judge']} set among all classes. Hardware:"
     f" {results['hardware']}.",
     "",
